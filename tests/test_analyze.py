@@ -54,7 +54,7 @@ class TestFormulas:
         for undefined in (bools((1, 1), (1, 1)), bools((0, 0), (0, 0)), bools((1, 0))):
             assert math.isnan(diversity.interrater_agreement(undefined))
 
-    def test_pairs_by_hand(self):
+    def test_pairwise_measures_match_manual_values(self):
         labels, predictions = torch.tensor([0, 1, 2, 0]), torch.tensor([[0, 2, 0, 1], [0, 2, 1, 0]])
         assert diversity.agreement(predictions)[0, 1] == 0.5
         assert diversity.error_overlap(predictions == labels)[0, 1] == 2 / 3
@@ -64,7 +64,7 @@ class TestFormulas:
         assert diversity.q_statistic(bools((1, 1, 0), (1, 0, 0)))[0, 1] == 1
         assert diversity.q_statistic(bools((1, 1, 0, 0), (1, 0, 1, 0)))[0, 1] == 0
 
-    def test_rows_that_never_err(self):
+    def test_pairwise_measures_without_errors_are_nan(self):
         right = bools((1, 1), (1, 1), (1, 0))
         assert diversity.error_overlap(right).isnan().tolist() == [
             [True, True, False],
@@ -76,7 +76,7 @@ class TestFormulas:
         assert diversity.same_error(labels[None], labels).isnan().all()
 
     @pytest.mark.parametrize(("num", "count", "classes"), [(2, 40, 2), (4, 200, 10), (3, 30, 100)])
-    def test_against_other_libraries(self, num, count, classes):
+    def test_measures_match_other_libraries(self, num, count, classes):
         generator = np.random.default_rng(num)
         labels = generator.integers(0, classes, count)
         logits = 3 * generator.normal(size=(num, count, classes)) + 4 * np.eye(classes)[labels]
@@ -118,7 +118,7 @@ class TestFormulas:
         for value, other in zip((*found, found.error), expected, strict=True):
             close(value, other)
 
-    def test_a_bin_holds_its_upper_edge(self):
+    def test_calibration_bin_includes_upper_edge(self):
         found = diversity.calibration(
             torch.tensor([0.5, 0.5, 1.0], dtype=torch.float64),
             torch.tensor([True, False, False]),
@@ -133,7 +133,7 @@ class TestFormulas:
             == 0
         )
 
-    def test_means_over_pairs(self):
+    def test_mean_over_pairs_of_single_row_is_nan(self):
         assert diversity.mean_over_pairs(torch.tensor([[0.0, 1, 2], [1, 0, 6], [2, 6, 0]])) == 3
         assert math.isnan(diversity.mean_over_pairs(torch.zeros(1, 1)))
 
@@ -193,7 +193,7 @@ def everything(folder):
     return rows, result, torch.cat(target).numpy()
 
 
-def test_measures_of_a_run(ahbf):
+def test_run_measures_match_formulas(ahbf):
     rows, result, labels = everything(ahbf)
     record = analyze_run(ahbf, max_images=10, device="cpu").record
     found = {key: measure["values"] for key, measure in record["measures"].items()}
@@ -282,7 +282,7 @@ def test_measures_of_a_run(ahbf):
     assert found.keys() == MEASURES.keys()
 
 
-def test_features_are_of_the_students_errors(ahbf):
+def test_features_are_of_images_misclassified_by_student(ahbf):
     rows, result, labels = everything(ahbf)
     wrong = rows["branch1"].argmax(1) != labels
     everyone, some, none = (
@@ -304,7 +304,7 @@ def test_features_are_of_the_students_errors(ahbf):
     assert some.feature_labels.tolist() != labels[wrong][:5].tolist()
 
 
-def test_features_of_another_number_of_branches_are_refused(ahbf, monkeypatch):
+def test_features_with_wrong_branch_count_are_refused(ahbf, monkeypatch):
     measured = BranchEvaluator.measured
     monkeypatch.setattr(
         BranchEvaluator,
@@ -330,7 +330,7 @@ def test_features_of_another_number_of_branches_are_refused(ahbf, monkeypatch):
         ("baseline", 1, 1),
     ],
 )
-def test_a_leader_is_no_member_of_the_ensemble(method, count, members):
+def test_ensemble_members_exclude_leader(method, count, members):
     loss = get_method(method).loss_class(num_branches=count)
     assert loss.ensemble_members == tuple(f"branch{m}" for m in range(1, members + 1))
 
@@ -364,7 +364,7 @@ def test_a_leader_is_no_member_of_the_ensemble(method, count, members):
         ),
     ],
 )
-def test_any_method(tmp_path, settings, rows, members, mixtures):
+def test_analyze_each_method_has_rows_and_members(tmp_path, settings, rows, members, mixtures):
     record = analyze_run(train(tmp_path / "run", **settings), max_images=0, device="cpu").record
     assert (record["rows"], record["ensemble_members"]) == (rows, members)
     assert list(record["measures"].get("mixing", {"values": {}})["values"]) == mixtures
@@ -411,7 +411,7 @@ def says(monkeypatch):
     return let
 
 
-def test_a_student_without_errors(ahbf, says, tmp_path):
+def test_student_without_errors_omits_logit_distances(ahbf, says, tmp_path):
     (tmp_path / "tsne.svg").write_text("of an earlier analysis")
     says(wrong=())
     analysis = analyze_run(ahbf, device="cpu")
@@ -433,7 +433,7 @@ def test_a_student_without_errors(ahbf, says, tmp_path):
     assert found["branch_softmax_distance"]["values"] == 0
 
 
-def test_a_student_with_one_error(ahbf, says, unsaved, tmp_path):
+def test_student_with_one_error_is_analyzed(ahbf, says, unsaved, tmp_path):
     says(wrong=(70,))
     analysis = analyze_run(ahbf, device="cpu")
     drawn = analysis.write(tmp_path)
@@ -451,7 +451,7 @@ def test_a_student_with_one_error(ahbf, says, unsaved, tmp_path):
     )
 
 
-def test_logits_that_are_not_finite(ahbf, analyze, monkeypatch, tmp_path):
+def test_nonfinite_logits_are_refused(ahbf, analyze, monkeypatch, tmp_path):
     original = BranchEvaluator.measured
     monkeypatch.setattr(
         BranchEvaluator,
@@ -467,7 +467,7 @@ def test_logits_that_are_not_finite(ahbf, analyze, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_figures_of_many_classes(ahbf, unsaved, tmp_path):
+def test_figures_of_many_classes_limit_names(ahbf, unsaved, tmp_path):
     """Each figure names as many classes as can be read, and says so."""
     analysis = analyze_run(ahbf, max_images=20, device="cpu")
     names = [f"class {place}" for place in range(1000)]
@@ -485,14 +485,14 @@ def test_figures_of_many_classes(ahbf, unsaved, tmp_path):
     assert notes == []
 
 
-def test_one_branch_without_a_gate(tmp_path):
+def test_single_branch_without_gate_draws_three_figures(tmp_path):
     analysis = analyze_run(
         train(tmp_path / "run", method="baseline", branches=1), max_images=20, device="cpu"
     )
     assert analysis.write(tmp_path / "out") == ["tsne", "reliability", "confusion"]
 
 
-def test_branches_of_different_width(ahbf, unsaved, tmp_path):
+def test_branches_of_different_width_have_separate_embeddings(ahbf, unsaved, tmp_path):
     analysis = analyze_run(ahbf, max_images=20, device="cpu")
     analysis.gathered.features["branch3"] = analysis.gathered.features["branch3"][:, :5]
     drawn, _ = draw_study(analysis.record, analysis.gathered, tmp_path)
@@ -502,7 +502,7 @@ def test_branches_of_different_width(ahbf, unsaved, tmp_path):
     )
 
 
-def test_without_the_extra(ahbf, analyze, monkeypatch, tmp_path):
+def test_missing_scikit_learn_omits_tsne_and_names_extra(ahbf, analyze, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     code, out, _ = analyze(ahbf, "--out", tmp_path / "a", "--device", "cpu")
     assert code == 0
@@ -515,7 +515,7 @@ def test_without_the_extra(ahbf, analyze, monkeypatch, tmp_path):
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["analysis.json"]
 
 
-def test_a_run_that_is_not_finished(analyze, unsaved, tmp_path):
+def test_unfinished_run_is_reported(analyze, unsaved, tmp_path):
     code, out, _ = analyze(
         train(tmp_path / "run", epochs=1, branches=2), "--max-images", "0", "--device", "cpu"
     )
@@ -558,7 +558,7 @@ def test_a_run_that_is_not_finished(analyze, unsaved, tmp_path):
     assert "there is no checkpoint at" in err
 
 
-def test_mistakes(ahbf, analyze, tmp_path):
+def test_invalid_arguments_are_one_line(ahbf, analyze, tmp_path):
     for arguments, expected, pattern in (
         ([tmp_path], 4, "is not a run folder"),
         ([tmp_path / "none"], 4, "does not exist"),
@@ -572,7 +572,7 @@ def test_mistakes(ahbf, analyze, tmp_path):
 
 
 class TestPage:
-    def test_commands_run_and_write_what_it_says(self, monkeypatch, tmp_path, capsys):
+    def test_page_commands_write_documented_files(self, monkeypatch, tmp_path, capsys):
         monkeypatch.undo()  # the whole of the digits, as a reader has them
         monkeypatch.chdir(tmp_path)
         commands = re.search(r"```\n(fastokd .*?)```", PAGE, flags=re.DOTALL)[1].splitlines()
@@ -605,7 +605,7 @@ class TestPage:
         assert main(shlex.split(commands[-1])[1:]) == 0
         assert {path: path.read_bytes() for path in Path("compared/a").iterdir()} == before
 
-    def test_names_every_key_and_figure(self):
+    def test_page_names_every_key_and_figure(self):
         numbers, figures = (
             [
                 (key, after)

@@ -235,7 +235,7 @@ def test_importing_the_package_is_cheap():
     assert _python(code) == "[]"
 
 
-def test_importing_the_losses_leaves_optional_packages_alone():
+def test_losses_import_does_not_load_optional_packages():
     # torch itself imports triton lazily; what must not happen is that fastokd pulls in the rest.
     heavy = (
         "torchvision",
@@ -254,7 +254,7 @@ def test_importing_the_losses_leaves_optional_packages_alone():
     assert _python(code) == "[]"
 
 
-def test_nothing_happens_at_import():
+def test_import_does_not_change_random_state_or_start_cuda():
     code = """
         import random, torch
         before = (random.getstate(), torch.random.get_rng_state())
@@ -269,14 +269,14 @@ def test_nothing_happens_at_import():
     assert _python(code) == "quiet"
 
 
-def test_no_unsafe_loading():
+def test_sources_use_no_unsafe_loading():
     for path in _sources():
         text = path.read_text(encoding="utf-8")
         assert "weights_only=False" not in text, path
         assert "pickle.load" not in text, path
 
 
-def test_no_init_directly_in_kernels():
+def test_kernels_folder_has_no_init():
     # From the repository root it would shadow another installed package called "kernels".
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
@@ -420,5 +420,5 @@ def printed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", sorted(EXPECTED))
-def test_extending_takes_one_file_and_one_line(kind, printed):
+def test_extension_is_one_file_and_one_registry_entry(kind, printed):
     assert printed[kind] == EXPECTED[kind]

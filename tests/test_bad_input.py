@@ -90,7 +90,7 @@ CONSTRUCTORS = {
 
 
 @pytest.mark.parametrize("case", CONSTRUCTORS)
-def test_constructor(case: str) -> None:
+def test_loss_constructor_with_bad_argument_is_refused(case: str) -> None:
     build, said = CONSTRUCTORS[case]
     with pytest.raises(ValueError) as caught:
         build()
@@ -110,7 +110,7 @@ def test_unknown_names_are_config_errors() -> None:
     "name",
     ["temperature", "lambda_ta", "lambda_branch", "lambda_self", "teacher_eps", "label_smoothing"],
 )
-def test_text_is_no_number(name: str) -> None:
+def test_constructor_with_text_for_number_is_type_error(name: str) -> None:
     with pytest.raises(TypeError, match=f"{name}='3'"):
         AHBFLoss(**{name: "3"})
 
@@ -322,7 +322,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("case", CALLS)
-def test_call(case: str) -> None:
+def test_loss_call_with_bad_argument_is_refused(case: str) -> None:
     run, error, said = CALLS[case]
     with pytest.raises(error) as caught:
         run()
@@ -330,7 +330,7 @@ def test_call(case: str) -> None:
         assert part in str(caught.value)
 
 
-def test_the_good_call_is_good() -> None:
+def test_valid_call_is_accepted() -> None:
     """What the bad calls vary: without this, they might all fail for one and the same reason."""
     assert call()().isfinite()
     assert call(scores=None, ta_logits=rows(2, 4, 5))().isfinite()
@@ -379,7 +379,7 @@ GRAPH_CALLS = {
 
 
 @pytest.mark.parametrize("case", GRAPH_CALLS)
-def test_graph_loss_call(case: str) -> None:
+def test_graph_loss_call_with_bad_argument_is_refused(case: str) -> None:
     graph, arguments, error, said = GRAPH_CALLS[case]
     with pytest.raises(error) as caught:
         GraphLoss(graph)(rows(len(graph.logits), 4, 5), LABELS, **arguments)
@@ -387,7 +387,7 @@ def test_graph_loss_call(case: str) -> None:
         assert part in str(caught.value)
 
 
-def test_graph_loss_counts_its_rows() -> None:
+def test_graph_loss_with_wrong_tensor_count_is_refused() -> None:
     criterion = GraphLoss(one_graph(2))
     with pytest.raises(ValueError, match="logits holds 3 tensors; this loss needs 2"):
         criterion(rows(3, 4, 5), LABELS, weights={"gate": torch.zeros(4, 2)})
@@ -395,7 +395,7 @@ def test_graph_loss_counts_its_rows() -> None:
         criterion(torch.zeros(3, 4, 5), LABELS, weights={"gate": torch.zeros(4, 2)})
 
 
-def test_mixtures_check_their_arguments_too() -> None:
+def test_mixtures_with_bad_scores_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"scores\[1\] has the shape \(4, 3\)"):
         AHBFLoss(3).mixtures(rows(3, 4, 5), scores=[torch.zeros(4, 2), torch.zeros(4, 3)])
 
@@ -429,7 +429,7 @@ def test_auto_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> No
     assert executors.executor_states()["picky"] == "it needs the moon to be full"
 
 
-def test_an_explicit_executor_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explicit_unavailable_executor_reports_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executors._executors, "targets", dict(executors._executors.targets))
     register_executor("absent", "fastokd_executor_that_is_not_installed")
     with pytest.raises(

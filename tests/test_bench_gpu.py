@@ -51,7 +51,7 @@ def named(found, entries="rows"):
     return {row["row"]: row for row in found[entries]}
 
 
-def test_a_dry_run_measures_every_row_of_every_part(everything):
+def test_dry_run_measures_every_row_of_every_part(everything):
     out, _ = everything
     for name, part in PARTS.items():
         found = read(out, name)
@@ -90,7 +90,7 @@ def test_a_dry_run_measures_every_row_of_every_part(everything):
     assert 0 <= named(read(out, "data"))["waiting"]["waiting_share"] < 1
 
 
-def test_kernel_rows_cover_every_method_and_name_missing_peers(everything):
+def test_kernel_rows_cover_methods_and_name_missing_providers(everything):
     rows = read(everything[0], "kernels")["rows"]
     assert {row["loss"] for row in rows} == {*list_methods(), *SINGLES}
     assert {(row["loss"], row["preset"]) for row in rows if row["loss"] == "ahbf"} == {
@@ -117,7 +117,7 @@ def test_kernel_rows_cover_every_method_and_name_missing_peers(everything):
             )
 
 
-def test_a_complete_part_is_left_alone_and_begun_anew_when_asked(everything, capsys):
+def test_complete_part_is_repeated_only_on_request(everything, capsys):
     out, arguments = everything
     before = {path.name: path.read_bytes() for path in out.glob("*.json")}
     assert main(arguments) == 0
@@ -132,7 +132,7 @@ def test_a_complete_part_is_left_alone_and_begun_anew_when_asked(everything, cap
     )
 
 
-def test_accuracy_rows_are_runs_with_the_errors_of_every_branch(everything):
+def test_accuracy_rows_have_errors_of_every_branch(everything):
     found = read(everything[0], "accuracy")
     assert [(row["method"], row["preset"]) for row in found["rows"]] == [
         ("baseline", "paper"),
@@ -150,7 +150,7 @@ def test_accuracy_rows_are_runs_with_the_errors_of_every_branch(everything):
         assert row["images_per_second"] > 0 < row["minutes"]
 
 
-def test_tables_of_a_dry_run(everything, monkeypatch):
+def test_dry_run_results_make_all_tables(everything, monkeypatch):
     out, _ = everything
     monkeypatch.setattr(bench.report, "RESULTS", out)
     monkeypatch.setattr(bench.report, "ROOT", out)
@@ -212,7 +212,7 @@ def toy(rows, measured, minutes=0.0, fails=()):
     )
 
 
-def test_a_call_that_is_killed_loses_one_row(tmp_path):
+def test_killed_call_loses_one_row(tmp_path):
     measured, context = [], context_of(tmp_path)
 
     def killed(context, results):
@@ -230,7 +230,7 @@ def test_a_call_that_is_killed_loses_one_row(tmp_path):
     assert len(found["sessions"]) == 2
 
 
-def test_a_row_that_fails_loses_no_other_and_is_tried_again(tmp_path, capsys):
+def test_failed_row_keeps_others_and_is_retried(tmp_path, capsys):
     measured, context = [], context_of(tmp_path)
     part = toy("abc", measured, fails=["b"])
     run_part(part, context, {"code": "1"}, False)
@@ -247,7 +247,7 @@ def test_a_row_that_fails_loses_no_other_and_is_tried_again(tmp_path, capsys):
     assert read(context.out, "toy")["complete"]
 
 
-def test_what_is_there_of_a_row_outlasts_its_error(tmp_path):
+def test_partial_row_is_preserved_after_error(tmp_path):
     def broken(context, results):
         def measure():
             results.put({"row": "a", "partial": "half of it", "half": 1})
@@ -264,7 +264,7 @@ def test_what_is_there_of_a_row_outlasts_its_error(tmp_path):
         assert not found["complete"]
 
 
-def test_a_row_in_which_something_failed_is_tried_again(tmp_path):
+def test_partial_row_is_retried(tmp_path):
     outcomes = iter(["2 failed", None])
 
     def rows(context, results):
@@ -307,14 +307,14 @@ def test_first_signal_after_deadline_does_not_end_process(monkeypatch):
     assert (signals.heard, signals.received) == (signal.SIGTERM, signal.SIGTERM)
 
 
-def test_each_part_has_sources_of_its_own():
+def test_part_sources_exist_and_differ():
     assert all(
         (results.ROOT / source).exists() for part in PARTS.values() for source in part.code()
     )
     assert len({identity(CPU, part.code())["code"] for part in PARTS.values()}) == len(PARTS)
 
 
-def test_without_pytest_the_tests_are_refused_and_not_complete(monkeypatch, tmp_path):
+def test_missing_pytest_refuses_tests_part(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert (
         PARTS["tests"].refusal(context_of(tmp_path))
@@ -322,13 +322,13 @@ def test_without_pytest_the_tests_are_refused_and_not_complete(monkeypatch, tmp_
     )
 
 
-def test_tests_that_do_not_begin_are_not_done():
+def test_run_files_with_missing_file_is_partial():
     found = run_files(["tests/no_such_file.py"], 60)
     assert found["partial"] == "pytest ended with 4"
     assert found["passed"] == 0
 
 
-def test_rows_that_need_more_minutes_are_left_and_said(tmp_path, capsys, monkeypatch):
+def test_rows_beyond_time_limit_are_skipped_and_reported(tmp_path, capsys, monkeypatch):
     measured, context = [], context_of(tmp_path)
     monkeypatch.setattr(Context, "minutes_left", lambda self: 1.0)
     run_part(toy("ab", measured, minutes=1.5), context, {"code": "1"}, False)
@@ -349,7 +349,7 @@ def test_rows_that_need_more_minutes_are_left_and_said(tmp_path, capsys, monkeyp
         ({"code": "1", "device": "x"}, True, True, False, "--again"),
     ],
 )
-def test_results_of_something_else_are_never_added_to(
+def test_results_with_other_identity_are_not_extended(
     tmp_path, identity, complete, again, kept, said
 ):
     path = tmp_path / "toy-x.json"
@@ -379,7 +379,7 @@ def test_results_of_something_else_are_never_added_to(
         ),
     ],
 )
-def test_a_damaged_file_is_put_aside(tmp_path, text):
+def test_damaged_results_file_is_moved_away(tmp_path, text):
     path = tmp_path / "toy-x.json"
     path.write_text(text)
     results = Results(path, "toy", {}, CPU)
@@ -389,7 +389,7 @@ def test_a_damaged_file_is_put_aside(tmp_path, text):
     assert aside.read_text() == text
 
 
-def test_the_identity_follows_the_code_that_is_measured(monkeypatch, tmp_path):
+def test_identity_changes_with_measured_code(monkeypatch, tmp_path):
     before = identity(CPU)
     for folder in ("kernels", "fastokd/train", "docs"):
         (tmp_path / folder).mkdir(parents=True)
@@ -404,7 +404,7 @@ def test_the_identity_follows_the_code_that_is_measured(monkeypatch, tmp_path):
     assert identity(CPU) | {"code": ""} == before | {"code": ""}
 
 
-def test_a_ladder_goes_on_within_itself(tmp_path, monkeypatch, capsys):
+def test_step_benchmark_resumes_within_part(tmp_path, monkeypatch, capsys):
     """Out of minutes after four rows: these are not measured again."""
     arguments = [
         "step",
@@ -475,7 +475,7 @@ def test_run_stopped_at_deadline_resumes_in_next_call(tmp_path, monkeypatch, cap
     assert read(tmp_path / "out", "accuracy")["rows"] == [row]
 
 
-def test_a_real_signal_ends_the_call(tmp_path, monkeypatch):
+def test_real_signal_ends_accuracy_part(tmp_path, monkeypatch):
     """It is not taken for the end of the minutes."""
     signals = accuracy.Deadline(lambda: True)
     assert signals.received
@@ -501,7 +501,7 @@ def test_a_real_signal_ends_the_call(tmp_path, monkeypatch):
     )
 
 
-def test_other_images_are_not_added_to_the_rows_of_some(tmp_path):
+def test_accuracy_on_other_images_is_refused(tmp_path):
     results = Results(tmp_path / "x.json", "accuracy", {}, CPU)
     context = context_of(tmp_path)
     about = {
@@ -516,7 +516,7 @@ def test_other_images_are_not_added_to_the_rows_of_some(tmp_path):
         accuracy._note_data(context, results, about | {"fingerprint": "2"})
 
 
-def test_what_is_measured_of_a_run():
+def test_accuracy_metrics_of_run_are_computed():
     records = [
         {
             "epoch": epoch,
@@ -535,7 +535,7 @@ def test_what_is_measured_of_a_run():
     }
 
 
-def test_accuracy_table_beside_the_papers(tmp_path):
+def test_accuracy_table_lists_published_and_measured(tmp_path):
     def run(recipe, preset, seed, accuracy, best):
         return {
             "row": f"{recipe} {preset} {seed}",
@@ -601,7 +601,7 @@ def test_accuracy_table_beside_the_papers(tmp_path):
     assert lines[-2] == "Not complete, 1 rows to go: x."
 
 
-def test_kernel_table_by_hand(tmp_path):
+def test_kernel_table_matches_manual_values(tmp_path):
     """4 MB in 2 us at 4 TB/s are half of the floor's speed; losing rows stay."""
     row = {
         "row": "r",
@@ -681,7 +681,7 @@ def test_kernel_table_by_hand(tmp_path):
     )
 
 
-def test_profile_counts_what_overlaps_once():
+def test_profile_counts_overlapping_kernels_once():
     def kernel(name, begin, time, **other):
         return {"ph": "X", "cat": "kernel", "name": name, "ts": begin, "dur": time, **other}
 
@@ -702,7 +702,7 @@ def test_profile_counts_what_overlaps_once():
     assert kernel_summary([], 2) == {"calls": 0.0, "kernels": []}
 
 
-def test_tests_keep_failures_and_end_what_hangs(tmp_path, monkeypatch):
+def test_run_files_records_failures_and_kills_hanging_test(tmp_path, monkeypatch):
     monkeypatch.setenv(
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1"
     )  # their imports would take most of the seconds that the second file has
@@ -744,7 +744,7 @@ def test_tests_keep_failures_and_end_what_hangs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "read", "written"), [("cross-entropy", 1, 1), ("KL", 2, 1)])
-def test_floor_of_single_losses(name, read, written):
+def test_single_loss_least_bytes_match_manual_count(name, read, written):
     """A constant teacher is read and gets no gradient."""
     inputs = make_inputs(SINGLES[name], 4, 6, torch.float32, CPU)
     row = 4 * 6 * 4
@@ -753,7 +753,7 @@ def test_floor_of_single_losses(name, read, written):
 
 
 @pytest.mark.parametrize("name", ["ahbf", *SINGLES])
-def test_the_providers_of_a_row_compute_the_same(name, tmp_path):
+def test_providers_of_row_agree(name, tmp_path):
     graph = SINGLES.get(name) or get_method(name).loss_class(num_branches=3).graph
     inputs = make_inputs(graph, 5, 7, torch.float32, CPU)
     cases = (
@@ -786,12 +786,12 @@ def test_the_providers_of_a_row_compute_the_same(name, tmp_path):
         )
 
 
-def test_waiting_step_of_large_images_has_network_for_them():
+def test_large_image_benchmark_has_suitable_network():
     assert find_backbone(LARGE_MODEL).image_size == 224
     assert create_model(LARGE_MODEL, "ahbf", 10, NUM_BRANCHES, 1).num_branches == NUM_BRANCHES
 
 
-def test_no_gpu_test_is_left_out():
+def test_gpu_tests_use_gpu_mark():
     """Those that are skipped without a GPU bear the mark by which the entry finds them."""
     by_hand = "skipif(" + "not torch.cuda.is_available()"
     assert not [
@@ -799,7 +799,7 @@ def test_no_gpu_test_is_left_out():
     ]
 
 
-def test_spent_minutes_skip_every_part(tmp_path, capsys):
+def test_expired_time_limit_skips_every_part(tmp_path, capsys):
     assert (
         main(
             [
@@ -829,7 +829,7 @@ def test_spent_minutes_skip_every_part(tmp_path, capsys):
         (["--data", "nowhere", "--dry-run"], 3, "nowhere: no readable folder"),
     ],
 )
-def test_bad_arguments(arguments, code, said, capsys, tmp_path):
+def test_bad_arguments_are_one_line(arguments, code, said, capsys, tmp_path):
     assert (
         main([*arguments, "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]) == code
     )
@@ -838,7 +838,7 @@ def test_bad_arguments(arguments, code, said, capsys, tmp_path):
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_without_a_gpu_it_says_what_can_run(monkeypatch, capsys):
+def test_missing_gpu_suggests_dry_run(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main([]) == 2
     assert "--dry-run" in capsys.readouterr().err
@@ -854,7 +854,7 @@ def test_unwritable_folder_is_refused_before_measuring(tmp_path, capsys):
     assert not captured.out
 
 
-def test_groups_of_gpu_tests_run_every_test_once(tmp_path):
+def test_gpu_test_groups_run_every_test_once(tmp_path):
     """A file is split by the names of its tests, because a group's time is limited."""
     for file in {file for file, _ in gpu_tests.ALONE.values()}:
         expressions = [words for name, words in gpu_tests.ALONE.values() if name == file]
@@ -873,7 +873,7 @@ def _is_selected(words: str, test: str) -> bool:
     return all((part.removeprefix("not ") in test) != part.startswith("not ") for part in parts)
 
 
-def test_accuracy_takes_the_images_beside_the_checkout(tmp_path, monkeypatch):
+def test_accuracy_finds_images_next_to_checkout(tmp_path, monkeypatch):
     context = dataclasses.replace(context_of(tmp_path), dry=False, runs=tmp_path)
     picture = tmp_path / "cifar10-jpeg" / "train" / "cat" / "1.jpg"
     picture.parent.mkdir(parents=True)

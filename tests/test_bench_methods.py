@@ -17,7 +17,7 @@ from fastokd.models import create_model
 from fastokd.train.config import check_config
 
 
-def test_it_continues_and_starts_anew_for_other_settings(tmp_path, capsys, monkeypatch):
+def test_comparison_resumes_and_restarts_on_other_settings(tmp_path, capsys, monkeypatch):
     file = tmp_path / "found.json"
     calls = []
 
@@ -43,7 +43,7 @@ def test_it_continues_and_starts_anew_for_other_settings(tmp_path, capsys, monke
         methods.main(["oen"])
 
 
-def test_a_row_is_what_its_runs_found(tmp_path, monkeypatch):
+def test_row_has_results_of_its_runs(tmp_path, monkeypatch):
     """Two seeds of a method with a teacher, on a corner of the digits; each seed has its own
     teacher.
     """
@@ -72,7 +72,7 @@ def test_a_row_is_what_its_runs_found(tmp_path, monkeypatch):
     )
 
 
-def test_the_table_says_what_the_file_says(tmp_path):
+def test_table_matches_file(tmp_path):
     path = tmp_path / "found.json"
     assert comparison(path) == []
     row = {
@@ -106,7 +106,7 @@ def test_the_table_says_what_the_file_says(tmp_path):
 
 
 @pytest.mark.parametrize("name", list_methods())
-def test_every_method_can_be_compared(name, tmp_path):
+def test_comparison_configuration_is_valid_for_every_method(name, tmp_path):
     teacher = tmp_path if get_method(name).needs_teacher else None
     config = methods.configuration(name, "paper", 0, 1, teacher)
     check_config(config)

@@ -76,7 +76,7 @@ def test_every_suite_runs_except_for_missing_packages(results):
     assert all("install" in reason or "cannot run" in reason for reason in reasons), reasons
 
 
-def test_the_report_reads_what_the_suites_write(results, monkeypatch):
+def test_report_reads_suite_results(results, monkeypatch):
     path, said = results
     monkeypatch.setattr("bench.suite_tables.ROOT", path.parent)
     assert [line.split(" | ")[0] for line in method_table(path)[5:-1]] == [
@@ -104,7 +104,7 @@ def test_the_report_reads_what_the_suites_write(results, monkeypatch):
     assert any(line.startswith("| 64 x 64 | torchvision | 0 |") for line in data_tables(path))
 
 
-def test_the_file_says_what_made_it_and_not_where(results):
+def test_results_file_has_command_without_paths(results):
     path, _ = results
     text = path.read_text()
     assert json.loads(text)["machine_info"]["command"].startswith(

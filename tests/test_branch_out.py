@@ -68,7 +68,7 @@ def warm(model, x):
 
 
 @pytest.mark.parametrize(("name", "at", "size"), FAMILIES, ids=lambda value: str(value))
-def test_families(name, at, size):
+def test_network_families_can_be_branched(name, at, size):
     """Two branches, the second deeper: finite gradients everywhere, and the student bit for bit in
     the stock constructor.
     """
@@ -103,7 +103,7 @@ def test_families(name, at, size):
 
 
 @pytest.mark.parametrize(("name", "at"), LARGE, ids=lambda value: str(value))
-def test_large_families(name, at):
+def test_large_network_families_can_be_branched(name, at):
     with torch.device("meta"):
         model = create_model(name, "ahbf", 5, num_branches=3, aux_blocks=2, at=at)
         stock = create_student(name, 5)
@@ -173,7 +173,7 @@ def small(trained=False, **options):
 X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 
 
-def test_student_is_the_module_again():
+def test_student_equals_original_module():
     network = small(trained=True)
     before = copy.deepcopy(network.state_dict())
     model = branch_out(network, at="stage2", num_branches=3, deepen=1).eval()
@@ -189,7 +189,7 @@ def test_student_is_the_module_again():
     torch.testing.assert_close(model.student().state_dict(), before, rtol=0, atol=0)
 
 
-def test_deeper_branches_of_a_trained_module_start_as_the_module():
+def test_deeper_branches_start_equal_to_trained_module():
     network = small(trained=True).eval()
     model = branch_out(network, at="stage2", num_branches=3, deepen=2).eval()
     assert [
@@ -206,7 +206,7 @@ def test_deeper_branches_of_a_trained_module_start_as_the_module():
     )
 
 
-def test_equal_branches_of_a_trained_module_are_not_equal():
+def test_equal_depth_branches_of_trained_module_differ():
     network = small(trained=True).eval()
     model = branch_out(network, at="stage2", num_branches=3, method="one").eval()
     logits = model(X).logits
@@ -217,7 +217,7 @@ def test_equal_branches_of_a_trained_module_are_not_equal():
         assert 1e-4 < distance / spread < 3
 
 
-def test_the_kept_branch_is_the_module_s_wherever_it_stands(monkeypatch):
+def test_exported_branch_at_any_position_is_original_module(monkeypatch):
     last = dataclasses.replace(get_method("one"), kept=-1)
     # The function of this name hides the module.
     monkeypatch.setattr(sys.modules["fastokd.models.branch_out"], "get_method", lambda name: last)
@@ -227,7 +227,7 @@ def test_the_kept_branch_is_the_module_s_wherever_it_stands(monkeypatch):
     assert torch.equal(model.student()(X), network(X))
 
 
-def test_branches_of_an_untrained_module_are_drawn_anew():
+def test_branches_of_untrained_module_are_reinitialized():
     network = small()
     model = branch_out(network, at="stage2", num_branches=2, deepen=1)
     kernels = [branch.body.stage2[0].conv1.weight for branch in model.branches]
@@ -326,7 +326,7 @@ def test_runs_compiled_channels_last_and_copied():
     assert model.student().stem.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_tokens_compile_and_reach_the_gates_as_maps():
+def test_token_networks_compile_and_give_maps_to_gates():
     pytest.importorskip("timm")
     model = create_model(
         "timm:vit_tiny_patch16_224", "ahbf", 4, num_branches=2, aux_blocks=0, at="blocks.11"
@@ -341,7 +341,7 @@ def test_tokens_compile_and_reach_the_gates_as_maps():
         torch.testing.assert_close(compiled(x).logits, result.logits, rtol=0, atol=0)
 
 
-def test_peers_of_one_library_network_have_their_own_weights():
+def test_peers_of_one_library_network_have_separate_weights():
     backbone = find_backbone("torchvision:shufflenet_v2_x0_5", num_classes=4)
     networks = [
         backbone.join(backbone.build_trunk(), backbone.build_branch(4, 1, 0)) for _ in range(2)
@@ -365,7 +365,7 @@ class Scaled(Small):
         return self.fc(x.mean((2, 3)))
 
 
-def test_added_blocks_are_called_as_the_one_they_repeat():
+def test_added_blocks_are_called_like_repeated_block():
     torch.manual_seed(1)
     network = Scaled().eval()
     model = branch_out(network, at="stage2.1", num_branches=2, deepen=2, init="copy").eval()
@@ -482,13 +482,13 @@ class Tied(Small):
         ),
     ],
 )
-def test_mistakes_are_named_with_their_fix(build, message):
+def test_invalid_arguments_are_reported_with_fix(build, message):
     with pytest.raises(ConfigError, match=message) as caught:
         build()
     assert "\n" not in str(caught.value)
 
 
-def test_timm_names(monkeypatch):
+def test_unknown_timm_name_is_suggested(monkeypatch):
     pytest.importorskip("timm")
     with pytest.raises(
         ConfigError,
@@ -500,7 +500,7 @@ def test_timm_names(monkeypatch):
         create_student("timm:resnet18", 10)
 
 
-def test_images_that_do_not_fit_are_refused():
+def test_images_of_unsupported_size_are_refused():
     pytest.importorskip("timm")
     with torch.device("meta"):
         model = create_model("timm:vit_tiny_patch16_224", "baseline", 10)
@@ -526,7 +526,7 @@ class Joint(nn.Module):
         return self.fc(self.c(self.b(x) * self.scale).mul(self.scale).mean((2, 3)))
 
 
-def test_points_inside_a_shared_tensor_are_not_listed():
+def test_split_points_with_shared_tensor_are_not_listed():
     points = list_split_points(Joint(), (3, 16, 16))
     assert points == ["a", "b"]
     for at in points:
@@ -561,7 +561,7 @@ class WritesToItsList(nn.Module):
         return self.fc(self.fuse([self.stem(x), self.other(x)]).mean((2, 3)))
 
 
-def test_network_that_cannot_be_traced_gets_no_hint_on_images():
+def test_untraceable_network_error_does_not_suggest_image_size():
     assert WritesToItsList()(torch.randn(1, 3, 8, 8)).shape == (1, 5)
     with pytest.raises(
         ConfigError,

@@ -73,7 +73,7 @@ def test_capture_uses_the_pool_of_other_steps(fake_cuda, monkeypatch):
     assert fake_cuda == []
 
 
-def test_random_state_is_that_of_the_given_gpu(monkeypatch):
+def test_random_state_of_given_gpu_is_restored(monkeypatch):
     states = {0: torch.tensor([0]), 1: torch.tensor([1])}
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device.index])

@@ -72,12 +72,12 @@ def settings(name: str, streams: bool, **more: Any) -> dict[str, Any]:
     return fields if streams else {**fields, "streams": False}
 
 
-def test_every_method_is_captured() -> None:
+def test_capture_cases_cover_every_method() -> None:
     assert {fields["method"] for fields in METHODS.values()} == set(list_methods())
 
 
 @STREAMS
-def test_every_eager_step_is_captured(streams: bool) -> None:
+def test_eager_steps_follow_capture_rules(streams: bool) -> None:
     results = run("capture", [settings(name, streams, compile=False) for name in CASES])
     found = {
         name: faults(result, num_streams(name, streams))
@@ -96,7 +96,7 @@ def test_compiled_step_is_captured() -> None:
 @pytest.mark.grid
 @STREAMS
 @pytest.mark.parametrize("name", CASES)
-def test_every_compiled_step_is_captured(name: str, streams: bool) -> None:
+def test_compiled_steps_follow_capture_rules(name: str, streams: bool) -> None:
     (result,) = run("capture", [settings(name, streams, compile=True)])
     assert faults(result, num_streams(name, streams)) == {}
 

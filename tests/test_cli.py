@@ -106,7 +106,7 @@ def test_train_eval_export_eval_resume(run, tmp_path):
     assert load_checkpoint(folder / "checkpoints" / "last.pt")["epoch"] == 2
 
 
-def test_a_second_run_of_one_name_gets_its_own_folder(run, tmp_path):
+def test_second_run_of_same_name_gets_separate_folder(run, tmp_path):
     for _ in range(2):
         assert (
             run(*TRAIN, "--method", "baseline", "--branches", "1", "--epochs", "1", "--quiet")[0]
@@ -118,7 +118,7 @@ def test_a_second_run_of_one_name_gets_its_own_folder(run, tmp_path):
     ]
 
 
-def test_folder_of_images_given_relative_is_found_from_elsewhere(run, tmp_path, monkeypatch):
+def test_relative_image_folder_is_found_from_other_folder(run, tmp_path, monkeypatch):
     tree = tmp_path / "images"
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 8), ("val", 3)):
@@ -189,7 +189,7 @@ def test_config_file_and_options_on_top(run, tmp_path, trained):
     assert "model: resnet8" in text
 
 
-def test_show(run):
+def test_show_prints_terms_and_formats(run):
     code, out, _ = run("show", "ahbf", "--branches", "4")
     assert code == 0
     assert "36 * kd_weight  KL(ta4 || ta3)  teaches ta3; T=3" in out
@@ -199,7 +199,7 @@ def test_show(run):
     assert "eps=1e-07" in out
 
 
-def test_doctor(run):
+def test_doctor_reports_environment(run):
     code, out, _ = run("doctor")
     assert code == 0
     assert "native library" in out
@@ -213,7 +213,7 @@ def test_doctor(run):
 @pytest.mark.parametrize(
     "command", ["demo", "train", "eval", "analyze", "export", "show", "doctor", "recipes"]
 )
-def test_help_explains(run, command):
+def test_help_prints_usage_of_command(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0
     assert f"usage: fastokd {command}" in out
@@ -225,7 +225,7 @@ def test_no_command_prints_the_help(run):
     assert "demo" in out
 
 
-def test_module_is_the_same_command():
+def test_python_module_is_same_command():
     done = subprocess.run(
         [sys.executable, "-m", "fastokd", "--version"],
         capture_output=True,
@@ -237,7 +237,7 @@ def test_module_is_the_same_command():
 
 
 class TestMistakes:
-    def test_unknown_names(self, run):
+    def test_unknown_names_are_refused(self, run):
         mistake(run("trian"), 2, r"unknown command 'trian'; did you mean 'train'\?")
         mistake(
             run("train", "--data", "digits", "--model", "resnet21"),
@@ -277,7 +277,7 @@ class TestMistakes:
         mistake(run("--zzz"), 2, r"unknown option '--zzz'")
         mistake(run("data", "--zzz"), 2, r"unknown option '--zzz'")
 
-    def test_values_of_the_wrong_kind(self, run):
+    def test_values_of_wrong_type_are_refused(self, run):
         mistake(run("train", "--branches", "x"), 2, r"--branches: 'x' is not a whole number")
         mistake(run("train", "--lr", "fast"), 2, r"--lr: 'fast' is not a number")
         mistake(run("train", "--flip", "maybe"), 2, r"--flip: 'maybe' is not True or False")
@@ -309,7 +309,7 @@ class TestMistakes:
             r"pad=100000: it must not exceed the images, which are 8 x 8",
         )
 
-    def test_names_too_long(self, run):
+    def test_too_long_names_are_refused(self, run):
         for arguments in (["--out", "x" * 300], ["--resume", "x" * 300], ["--data", "x" * 300]):
             got, _, err = run(
                 "train",
@@ -322,7 +322,7 @@ class TestMistakes:
             assert "Traceback" not in err
             assert len(err.strip().splitlines()) == 1
 
-    def test_values_out_of_range(self, run):
+    def test_values_out_of_range_are_refused(self, run):
         mistake(
             run("train", "--data", "digits", "--branches", "1"),
             2,
@@ -356,7 +356,7 @@ class TestMistakes:
             run("train", "--config", "missing.yaml"), 2, r"cannot read missing.yaml: No such file"
         )
 
-    def test_batch_larger_than_the_data(self, run, tmp_path):
+    def test_batch_larger_than_data_is_refused(self, run, tmp_path):
         mistake(
             run("train", "--data", "digits", "--model", "resnet8", "--batch-size", "5000"),
             3,
@@ -365,7 +365,7 @@ class TestMistakes:
         assert not list((tmp_path / "runs").iterdir())
 
     @pytest.mark.parametrize("break_it", ["missing", "empty", "one-sided", "truncated", "zero"])
-    def test_bad_folders(self, run, tmp_path, break_it):
+    def test_bad_image_folders_are_refused(self, run, tmp_path, break_it):
         tree = tmp_path / "images"
         for split in ("train", "val"):
             for name in ("cat", "dog"):
@@ -397,7 +397,7 @@ class TestMistakes:
         mistake(run("train", "--data", tree, "--model", "resnet8", "--batch-size", "2"), 3, pattern)
         assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
 
-    def test_not_a_run(self, run, tmp_path):
+    def test_folder_without_run_is_refused(self, run, tmp_path):
         mistake(run("eval", tmp_path / "nothing"), 4, r"nothing does not exist")
         mistake(run("export", tmp_path), 4, r"is not a run folder")
         mistake(
@@ -405,14 +405,14 @@ class TestMistakes:
         )
         mistake(run("eval", tmp_path), 4, r"there is no student at")
 
-    def test_run_folder_taken(self, run, trained):
+    def test_existing_run_folder_is_refused(self, run, trained):
         mistake(
             run(*TRAIN, "--epochs", "1", "--out", trained),
             2,
             r"already holds a run: continue it with 'fastokd train --resume",
         )
 
-    def test_out_holds_something_else(self, run, tmp_path):
+    def test_nonempty_out_folder_is_refused(self, run, tmp_path):
         for name in ("config.yaml", "thesis.tex"):
             folder = tmp_path / name.split(".")[0]
             folder.mkdir()
@@ -422,7 +422,7 @@ class TestMistakes:
             )
             assert (folder / name).read_text() == "mine"
 
-    def test_train_into_folder_of_run_without_checkpoint_starts_anew(self, run, trained, tmp_path):
+    def test_train_into_run_without_checkpoint_restarts(self, run, trained, tmp_path):
         import shutil
 
         shutil.copytree(trained, tmp_path / "dead")
@@ -430,7 +430,7 @@ class TestMistakes:
         assert run(*TRAIN, "--epochs", "1", "--quiet", "--out", tmp_path / "dead")[0] == 0
         assert len((tmp_path / "dead" / "metrics.jsonl").read_text().splitlines()) == 1
 
-    def test_resume_cannot_change_the_configuration(self, run, trained):
+    def test_resume_with_changed_configuration_is_refused(self, run, trained):
         mistake(
             run("train", "--resume", trained, "--lr", "1", "--model", "resnet20"),
             2,
@@ -439,7 +439,7 @@ class TestMistakes:
         )
         mistake(run("train", "--resume", trained), 2, r"already finished 1 of 1 epochs")
 
-    def test_export_of_another_architecture(self, run, trained, tmp_path):
+    def test_export_with_other_architecture_is_refused(self, run, trained, tmp_path):
         import shutil
 
         shutil.copytree(trained, tmp_path / "run")
@@ -447,7 +447,7 @@ class TestMistakes:
         config.write_text(config.read_text().replace("model: resnet8", "model: resnet14"))
         mistake(run("export", tmp_path / "run"), 4, r"last\.pt is of another architecture")
 
-    def test_exported_student_needs_matching_data(self, run, trained, tmp_path):
+    def test_exported_student_with_other_data_is_refused(self, run, trained, tmp_path):
         mistake(run("eval", trained / "student.safetensors"), 2, r"needs --data")
         for split in ("train", "val"):
             for name in ("cat", "dog"):
@@ -459,7 +459,7 @@ class TestMistakes:
             r"knows 10 classes .* the data has 2 \(cat, dog",
         )
 
-    def test_out_cannot_be_written(self, run, tmp_path):
+    def test_unwritable_out_is_reported(self, run, tmp_path):
         (tmp_path / "file").write_text("")
         mistake(
             run(*TRAIN, "--out", tmp_path / "file" / "run"),
@@ -503,7 +503,7 @@ def noise_tree(root, brightness, count=12, size=16):
     return root
 
 
-def test_other_data_is_prepared_as_the_run_was(run, tmp_path):
+def test_other_data_uses_preprocessing_of_run(run, tmp_path):
     # The same validation images beside darker training images: nothing about the student may
     # change.
     here, there = noise_tree(tmp_path / "a", 1.0), noise_tree(tmp_path / "b", 0.2)
@@ -547,7 +547,7 @@ def test_other_data_is_prepared_as_the_run_was(run, tmp_path):
     mistake(run("eval", folder, "--split", "tset"), 2, r"no split 'tset'")
 
 
-def test_a_moved_dataset_and_a_changed_one(run, tmp_path):
+def test_resume_accepts_moved_data_and_refuses_changed(run, tmp_path):
     tree = noise_tree(tmp_path / "a", 1.0)
     folder = tmp_path / "run"
     assert (
@@ -601,7 +601,7 @@ def test_run_ended_before_first_checkpoint_leaves_nothing(run, tmp_path):
 @pytest.mark.parametrize(
     "content", [b"\xff\xfe", b"epochs: [", b"epoch: 1", b"method_options: {1: 2}"]
 )
-def test_a_damaged_config_file(run, trained, tmp_path, content):
+def test_damaged_config_file_is_refused(run, trained, tmp_path, content):
     import shutil
 
     shutil.copytree(trained, tmp_path / "run")
@@ -644,7 +644,7 @@ def test_retired_options_are_named(run):
     mistake(run("bench", "compare", "a", "b"), 2, r"pytest-benchmark compare")
 
 
-def test_standard_output_full():
+def test_full_standard_output_is_reported():
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "fastokd", "recipes"],
@@ -687,7 +687,7 @@ def wait_for_checkpoint(process, tmp_path):
         time.sleep(0.05)
 
 
-def test_ctrl_c_leaves_the_last_checkpoint_and_says_how_to_go_on(tmp_path, run):
+def test_ctrl_c_keeps_checkpoint_and_prints_resume_command(tmp_path, run):
     process = start(tmp_path)
     wait_for_checkpoint(process, tmp_path)
     process.send_signal(signal.SIGINT)
@@ -760,7 +760,7 @@ def test_resume_auto_starts_resumes_and_accepts_finished_run(run, tmp_path):
     )
 
 
-def test_wrong_numbers_of_processes(run, monkeypatch):
+def test_wrong_process_counts_are_refused(run, monkeypatch):
     mistake(run(*TRAIN, "--gpus", "0"), 2, "gpus=0: the number of processes must be at least 1")
     for name, value in (
         ("RANK", "0"),

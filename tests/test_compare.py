@@ -74,7 +74,7 @@ def errors(runs, method, row="branch1", best=False):
     return found
 
 
-def test_errors_are_those_of_the_runs(sample_runs, capsys):
+def test_errors_match_run_records(sample_runs, capsys):
     rows = as_csv(capsys, *runs_in(sample_runs))
     assert list(rows) == ["resnet8 ahbf", "resnet8 baseline"]
     for method in ("ahbf", "baseline"):
@@ -117,7 +117,7 @@ def test_last_and_best_differ_if_best_epoch_is_not_last(runs, capsys):
     assert "+-" not in text.split("resnet8 ahbf")[1].partition("\n")[0]
 
 
-def test_every_format_shows_the_same_numbers(sample_runs, capsys, tmp_path):
+def test_formats_show_equal_numbers(sample_runs, capsys, tmp_path):
     cells = {}
     for method in ("ahbf", "baseline"):
         spreads = [
@@ -187,7 +187,7 @@ def give_errors(runs, method, by_seed):
     return [str(runs / f"{method}-seed{seed}") for seed in by_seed]
 
 
-def test_paired_test_is_over_the_seeds_that_both_have(runs, capsys):
+def test_paired_test_uses_common_seeds(runs, capsys):
     alone, taught = {0: 7.0, 1: 6.5, 2: 6.0, 8: 1.0}, {0: 6.2, 1: 6.3, 2: 5.1, 9: 90.0}
     paths = give_errors(runs, "ahbf", taught) + give_errors(runs, "baseline", alone)
     differences = [taught[seed] - alone[seed] for seed in (0, 1, 2)]
@@ -202,7 +202,7 @@ def test_paired_test_is_over_the_seeds_that_both_have(runs, capsys):
     )
 
 
-def test_without_a_paired_test_it_says_why(runs, capsys, monkeypatch):
+def test_missing_paired_test_reports_reason(runs, capsys, monkeypatch):
     taught, alone = (
         give_errors(runs, "ahbf", {0: 6.0, 1: 5.0}),
         give_errors(runs, "baseline", {0: 7.0, 1: 6.0}),
@@ -220,7 +220,7 @@ def test_without_a_paired_test_it_says_why(runs, capsys, monkeypatch):
     )
 
 
-def test_errors_are_tested_against_those_of_the_same_network(runs, capsys):
+def test_errors_are_compared_with_same_network(runs, capsys):
     small = give_errors(runs, "baseline", {0: 7.0, 1: 6.0}) + give_errors(
         runs, "ahbf", {0: 6.5, 1: 5.0}
     )
@@ -279,7 +279,7 @@ def test_errors_are_tested_against_those_of_the_same_network(runs, capsys):
     assert re.search(r"^resnet14 one .* -  +-$", alone, re.MULTILINE)
 
 
-def test_costs_are_those_of_the_networks(sample_runs, capsys):
+def test_costs_match_networks(sample_runs, capsys):
     rows = as_csv(capsys, *runs_in(sample_runs))
     with torch.device("meta"):
         costs = model_costs(create_model("resnet8", "ahbf", 10, 3, 1), 8)
@@ -339,7 +339,7 @@ def test_training_time_is_a_multiple_of_baseline_on_same_machine(runs, capsys):
         {"device_batch": 32},
     ],
 )
-def test_training_time_of_other_configuration_is_no_multiple(runs, capsys, lever):
+def test_training_time_of_other_configuration_has_no_ratio(runs, capsys, lever):
     def times_alone():
         return as_csv(capsys, *runs_in(runs))["resnet8 ahbf"]["training_time_times_alone"]
 
@@ -356,7 +356,7 @@ def test_training_time_of_other_configuration_is_no_multiple(runs, capsys, lever
     assert float(times_alone()) > 0
 
 
-def test_latency_of_the_same_student_is_measured_once(sample_runs):
+def test_latency_of_same_student_is_measured_once(sample_runs):
     ahbf, baseline = compare(read_runs([sample_runs / name for name in RUNS])).rows
     assert set(ahbf.latencies) >= {("cpu", 1), ("cpu", 128)}
     assert ahbf.latencies is baseline.latencies
@@ -364,7 +364,7 @@ def test_latency_of_the_same_student_is_measured_once(sample_runs):
     assert all(latency.seconds > 0 for latency in ahbf.latencies.values())
 
 
-def test_groups_differ_in_what_their_labels_say(runs, capsys):
+def test_group_labels_show_differing_options(runs, capsys):
     for name, options in (
         ("other", {"temperature": 4.0, "lambda_ta": 2.0}),
         ("again", {"lambda_ta": 2.0, "temperature": 4.0}),
@@ -426,7 +426,7 @@ def test_runs_evaluated_on_different_images_are_refused(runs, capsys, file, chan
     assert f"({what.format(first=fingerprint)})" in text
 
 
-def test_held_out_images_must_be_of_the_same_share(runs, capsys):
+def test_runs_with_different_val_split_are_refused(runs, capsys):
     change_config(runs / "baseline-seed0", val_split=0.1)
     assert "(val_split: 0.0, 0.1)" in mistake(capsys, 2, *runs_in(runs))
 
@@ -450,7 +450,7 @@ def cut(run):
     (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().splitlines()[0] + "\n")
 
 
-def test_an_unfinished_run_is_used_as_far_as_it_goes(runs, capsys):
+def test_unfinished_run_uses_completed_epochs(runs, capsys):
     for seed in (0, 1):
         change_config(runs / f"ahbf-seed{seed}", epochs=9)
     text = said(capsys, *runs_in(runs))
@@ -466,7 +466,7 @@ def test_an_unfinished_run_is_used_as_far_as_it_goes(runs, capsys):
 
 
 @pytest.mark.parametrize("planned", [2, 9])
-def test_runs_of_different_numbers_of_epochs_share_no_mean(runs, capsys, planned):
+def test_runs_with_different_epochs_are_not_averaged(runs, capsys, planned):
     paths = give_errors(runs, "ahbf", {0: 6.0, 1: 70.0, 2: 5.0}) + give_errors(
         runs, "baseline", {0: 7.0, 1: 80.0, 2: 6.5}
     )
@@ -499,7 +499,7 @@ def test_runs_of_different_numbers_of_epochs_share_no_mean(runs, capsys, planned
     assert "Excluded from means" not in said(capsys, paths[0], *paths[2:])
 
 
-def test_a_best_epoch_that_is_not_that_of_the_summary_is_said(runs, capsys):
+def test_best_epoch_unlike_summary_is_reported(runs, capsys):
     run = runs / "ahbf-seed0"
     assert "summary.json" not in said(capsys, run)
     change_records(run, lambda record: record["eval"].update(branch1=0.75 - 0.25 * record["epoch"]))
@@ -522,7 +522,7 @@ def test_a_best_epoch_that_is_not_that_of_the_summary_is_said(runs, capsys):
 @pytest.mark.parametrize(
     "line", ['{"epoch": 1, "lr"', '{"epoch": 1, "eval": {"branch1": "high"}}', "\x00\x80"]
 )
-def test_a_damaged_line_ends_what_is_used_of_a_run(runs, capsys, line):
+def test_records_after_damaged_line_are_ignored(runs, capsys, line):
     first = (runs / "ahbf-seed0" / "metrics.jsonl").read_text().splitlines()[0]
     (runs / "ahbf-seed0" / "metrics.jsonl").write_bytes(f"{first}\n{line}".encode("latin-1"))
     text = said(capsys, *runs_in(runs))
@@ -533,7 +533,7 @@ def test_a_damaged_line_ends_what_is_used_of_a_run(runs, capsys, line):
     assert read_run(runs / "ahbf-seed0").epochs == 1
 
 
-def test_what_is_no_run_is_refused_in_one_line(runs, capsys):
+def test_folder_without_run_is_refused_in_one_line(runs, capsys):
     assert "no runs: give run folders" in mistake(capsys, 2)
     assert "does not exist" in mistake(capsys, 4, runs / "nothing")
     assert "is not a run folder (it has no config.yaml); pass a folder" in mistake(capsys, 4, runs)
@@ -550,7 +550,7 @@ def test_what_is_no_run_is_refused_in_one_line(runs, capsys):
     )
 
 
-def test_latency_goes_without_a_student_that_cannot_be_read(runs):
+def test_unreadable_student_has_no_latency(runs):
     for name in ("ahbf-seed0", "baseline-seed0"):
         (runs / name / "student.safetensors").write_bytes(b"nothing")
     found = compare(read_runs([runs / "ahbf-seed0", runs / "baseline-seed0"]))
@@ -558,7 +558,7 @@ def test_latency_goes_without_a_student_that_cannot_be_read(runs):
     assert [remark for remark in found.remarks if "no latency of its student" in remark]
 
 
-def test_every_command_of_the_documentation_runs(tmp_path, monkeypatch):
+def test_documentation_commands_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = [line for line in PAGE.read_text(encoding="utf-8").split("```")[1].splitlines() if line]
     assert {line.split()[1] for line in lines} == {"train", "compare", "plot", "report"}

@@ -61,7 +61,7 @@ def assert_same(
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_aot_eager_runs_the_same_operations(impl: str) -> None:
+def test_aot_eager_equals_eager(impl: str) -> None:
     criterion = AHBFLoss.preset("code", 3, impl=impl)
     compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
     with warnings.catch_warnings():
@@ -93,14 +93,14 @@ def test_other_batches_and_class_counts() -> None:
     reason="torch 2.11 makes symbols of a plan's integers under dynamic=True",
 )
 @pytest.mark.parametrize("impl", IMPLS)
-def test_dynamic_shapes(impl: str) -> None:
+def test_dynamic_shapes_compile(impl: str) -> None:
     criterion = AHBFLoss(3, impl=impl)
     compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True, dynamic=True)
     assert_same(compiled, criterion, kd_weight=torch.tensor(0.5))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_tensor_ramp_up_never_compiles_again(impl: str) -> None:
+def test_tensor_ramp_up_does_not_recompile(impl: str) -> None:
     compilations = []
 
     def backend(module: torch.fx.GraphModule, _: list) -> object:
@@ -114,7 +114,7 @@ def test_a_tensor_ramp_up_never_compiles_again(impl: str) -> None:
     assert len(compilations) == 1
 
 
-def test_operator_stays_one_call() -> None:
+def test_compiled_operator_is_one_call() -> None:
     """What the kernels fuse, the compiler must not take apart."""
     calls: list[str] = []
 
@@ -138,7 +138,7 @@ def test_operator_stays_one_call() -> None:
 @pytest.mark.parametrize(
     "name", ["kdcl_naive", "kdcl_minlogit", "okddip_probabilities", "tsb_student_first"]
 )
-def test_other_graphs_compile(name: str) -> None:
+def test_catalog_graphs_compile(name: str) -> None:
     graph = next(case.graph for case in catalog() if case.name == name)
     inputs = make_inputs(graph, 4, 6)
     for impl in ("reference", OPAQUE):
@@ -200,7 +200,7 @@ def test_bad_shapes_raise_while_tracing() -> None:
         compiled([logits[0], logits[1][:, :9], logits[2]], target, scores=scores)
 
 
-def test_under_a_dispatch_mode() -> None:
+def test_loss_under_dispatch_mode_has_gradients() -> None:
     """A profiler of the dispatcher (a FLOP counter, a fake-tensor mode) calls operators below
     autograd.
     """
@@ -231,7 +231,7 @@ def test_export_of_a_graph_with_external_rows() -> None:
     )
 
 
-def test_what_is_constant_is_marked_as_pytorch_marks_it():
+def test_constant_functions_have_pytorch_mark():
     def function():
         return 0
 

@@ -55,7 +55,7 @@ def test_every_field_has_help_and_a_group() -> None:
         assert (getattr(TrainConfig(), name) is None) == bool(info.unset), name
 
 
-def test_choices_are_those_of_the_data_package() -> None:
+def test_config_choices_equal_data_package() -> None:
     assert infos(TrainConfig)["padding"].words() == PADDINGS
     assert infos(TrainConfig)["bad_images"].words() == BAD_IMAGES
 
@@ -111,7 +111,7 @@ def test_retired_optimizer_is_named() -> None:
         check_config(config)
 
 
-def test_identity_is_that_of_earlier_versions() -> None:
+def test_identity_equals_earlier_versions() -> None:
     """The hash of version 0.1.0, in whose exports it is stored."""
     pairs = repr((identity_fields(TrainConfig()), None))
     assert hashlib.sha256(pairs.encode()).hexdigest()[:12] == "1cc9ad5b0f03"

@@ -188,7 +188,7 @@ class TestLibrary:
         with pytest.raises(cpu.LibraryUnusable, match=r"build_info\.json cannot be read"):
             cpu.open_library(tmp_path)
 
-    def test_file_that_is_no_library_is_refused(self, tmp_path: Path) -> None:
+    def test_invalid_library_file_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "libfastokd_cpu.so").write_bytes(b"not a library")
         with pytest.raises(cpu.LibraryUnusable, match="cannot be loaded"):
             cpu.open_library(tmp_path)

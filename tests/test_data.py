@@ -51,7 +51,7 @@ def refused(spec, match, **settings) -> str:
 
 
 class TestDigits:
-    def test_equal_scikit_learns(self):
+    def test_digits_equal_scikit_learn(self):
         digits = pytest.importorskip("sklearn.datasets").load_digits()
         opened = open_dataset("digits")
         is_test = np.zeros(1797, dtype=bool)
@@ -73,18 +73,18 @@ class TestDigits:
             c // 5 for c in (178, 182, 177, 183, 181, 182, 181, 179, 174, 180)
         ]
 
-    def test_resized(self):
+    def test_image_size_resizes_images_and_padding(self):
         digits = open_dataset("digits", 32)
         assert digits.train.images.shape == (1442, 3, 32, 32)
         assert digits.augment.pad == 4
 
-    def test_take_no_folder(self):
+    def test_digits_with_folder_is_refused(self):
         with pytest.raises(ConfigError, match="take no folder"):
             open_dataset("digits:/tmp")
 
 
 class TestFolder:
-    def test_holds_what_pillow_decodes(self, tmp_path):
+    def test_folder_images_equal_pillow(self, tmp_path):
         opened = open_dataset(make_tree(tmp_path, count=4))
         assert opened.classes == ("cat", "dog")
         assert opened.name == tmp_path.name
@@ -98,26 +98,26 @@ class TestFolder:
                 )
 
     @pytest.mark.parametrize("spec", [str, lambda path: f"folder:{path}", lambda path: path])
-    def test_by_any_kind_of_name(self, tmp_path, spec):
+    def test_folder_opens_from_any_spec_type(self, tmp_path, spec):
         assert len(open_dataset(spec(make_tree(tmp_path))).train) == 6
 
-    def test_val_is_the_test_split_where_there_is_no_other(self, tmp_path):
+    def test_val_without_test_becomes_test_split(self, tmp_path):
         opened = open_dataset(make_tree(tmp_path, ("train", "val")))
         assert opened.test.name == "val"
         assert opened.val is None
 
-    def test_val_and_test_together(self, tmp_path):
+    def test_val_and_test_folders_are_separate_splits(self, tmp_path):
         opened = open_dataset(make_tree(tmp_path, ("train", "val", "test")))
         assert (opened.val.name, opened.test.name) == ("val", "test")
         assert not torch.equal(opened.val.images, opened.test.images)
         refused(tmp_path, "already has a validation split; leave --val-split at 0", val_split=0.1)
 
-    def test_rectangles_are_kept(self, tmp_path):
+    def test_rectangular_images_keep_their_size(self, tmp_path):
         opened = open_dataset(make_tree(tmp_path, size=(17, 32)))
         assert opened.image_size == (17, 32)
         assert opened.augment == Augment(pad=2, flip=True)
 
-    def test_nested_unicode_linked_hidden_and_foreign_files(self, tmp_path):
+    def test_folder_reads_nested_linked_and_skips_hidden_files(self, tmp_path):
         make_tree(tmp_path, classes=("chien", "猫 été"))
         folder = tmp_path / "train" / "猫 été"
         (folder / "deeper").mkdir()
@@ -137,22 +137,22 @@ class TestFolder:
         assert opened.ignored_files == 2  # notes.txt and the link to itself
 
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-    def test_a_named_pipe_does_not_block(self, tmp_path):
+    def test_named_pipe_does_not_block(self, tmp_path):
         make_tree(tmp_path)
         os.mkfifo(tmp_path / "train" / "cat" / "pipe.png")
         assert len(open_dataset(tmp_path).train) == 6
 
-    def test_missing_folder(self, tmp_path):
+    def test_missing_folder_is_refused(self, tmp_path):
         refused(tmp_path / "nowhere", "nowhere: no readable folder")
         refused("diggits", "did you mean 'digits'")
         refused("folder:nowhere", "no readable folder")
         refused("folder", "folder:PATH")
 
-    def test_a_file(self, tmp_path):
+    def test_file_as_folder_is_refused(self, tmp_path):
         (tmp_path / "a").write_text("")
         refused(tmp_path / "a", "is a file")
 
-    def test_empty_folder(self, tmp_path):
+    def test_empty_folder_is_refused(self, tmp_path):
         refused(tmp_path, r"no train/ \(found no folders\); arrange the images as train/<class>/")
 
     @pytest.mark.parametrize(
@@ -162,14 +162,14 @@ class TestFolder:
             (("test",), "no train/ .found test/."),
         ],
     )
-    def test_missing_split(self, tmp_path, splits, message):
+    def test_missing_split_is_refused(self, tmp_path, splits, message):
         refused(make_tree(tmp_path, splits), message)
 
-    def test_empty_split(self, tmp_path):
+    def test_empty_split_is_refused(self, tmp_path):
         (make_tree(tmp_path, ("train",)) / "test").mkdir()
         refused(tmp_path, "test: empty; put the images of each class into a folder")
 
-    def test_flat_validation_folder(self, tmp_path):
+    def test_flat_validation_folder_is_refused(self, tmp_path):
         make_tree(tmp_path, ("train",))
         (tmp_path / "val").mkdir()
         for i in range(3):
@@ -183,7 +183,7 @@ class TestFolder:
             ("test", r"1 class\(es\) in test/ and not in train/: emu"),
         ],
     )
-    def test_classes_differ(self, tmp_path, extra, message):
+    def test_differing_classes_are_refused(self, tmp_path, extra, message):
         make_tree(tmp_path)
         make_tree(tmp_path, (extra,), ("emu",))
         refused(tmp_path, message)
@@ -195,10 +195,10 @@ class TestFolder:
             (tmp_path / split / "emu" / "readme.txt").write_text("")
         refused(tmp_path, r"2 class folder\(s\) without images: train/emu, test/emu")
 
-    def test_one_class(self, tmp_path):
+    def test_single_class_is_refused(self, tmp_path):
         refused(make_tree(tmp_path, classes=("cat",)), "two or more")
 
-    def test_unreadable_files_of_all_splits(self, tmp_path):
+    def test_unreadable_files_of_all_splits_are_named(self, tmp_path):
         make_tree(tmp_path)
         (tmp_path / "train" / "cat" / "1.png").write_bytes(b"")
         (tmp_path / "test" / "dog" / "broken.jpg").symlink_to(tmp_path / "gone")
@@ -207,7 +207,7 @@ class TestFolder:
         assert "test/dog/broken.jpg (No such file or directory)" in message
 
     @pytest.mark.parametrize("call", ["scandir", "stat"])
-    def test_a_folder_without_permission(self, tmp_path, monkeypatch, call):
+    def test_folder_without_permission_is_refused(self, tmp_path, monkeypatch, call):
         make_tree(tmp_path)
         allowed = getattr(os, call)
 
@@ -219,7 +219,7 @@ class TestFolder:
         monkeypatch.setattr(os, call, deny)
         refused(tmp_path, "train/cat: cannot be read: Permission denied; check its permissions")
 
-    def test_differing_sizes(self, tmp_path):
+    def test_differing_sizes_need_image_size(self, tmp_path):
         make_tree(tmp_path)
         Image.new("RGB", (12, 10)).save(tmp_path / "test" / "dog" / "9.png")
         refused(tmp_path, r"train/cat/0.png is 8x8 and test/dog/9.png is 10x12 .*--image-size 8")
@@ -232,7 +232,7 @@ class TestCifar:
     @pytest.mark.parametrize(
         ("kind", "count", "mean"), [("cifar10", 20, 0.4914), ("cifar100", 4, 0.5071)]
     )
-    def test_opens(self, tmp_path, kind, count, mean, protocol, keys):
+    def test_cifar_opens_from_any_spec(self, tmp_path, kind, count, mean, protocol, keys):
         write_cifar(tmp_path, kind, protocol, keys=keys)
         for spec in (tmp_path, str(tmp_path), f"{kind}:{tmp_path}", next(tmp_path.iterdir())):
             opened = open_dataset(spec)
@@ -242,7 +242,7 @@ class TestCifar:
             assert opened.augment == Augment(pad=4, flip=True)
 
     @pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
-    def test_reads_what_torchvision_reads(self, tmp_path, kind, monkeypatch):
+    def test_cifar_equals_torchvision(self, tmp_path, kind, monkeypatch):
         datasets = pytest.importorskip("torchvision.datasets")
         torchvision_kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[kind]
         write_cifar(tmp_path, kind)
@@ -257,17 +257,17 @@ class TestCifar:
             assert split.targets.tolist() == theirs.targets
             assert list(opened.classes) == theirs.classes
 
-    def test_resized(self, tmp_path):
+    def test_image_size_resizes_images_and_padding(self, tmp_path):
         opened = open_dataset(write_cifar(tmp_path), image_size=16)
         assert opened.train.images.shape == (20, 3, 16, 16)
         assert opened.augment.pad == 2
 
-    def test_both_in_one_folder_must_be_told_apart(self, tmp_path):
+    def test_both_cifars_in_one_folder_require_prefix(self, tmp_path):
         write_cifar(write_cifar(tmp_path, "cifar10"), "cifar100")
         refused(tmp_path, "cifar10 and cifar100; select one: cifar10:")
         assert open_dataset(f"cifar100:{tmp_path}").name == "cifar100"
 
-    def test_says_what_is_missing(self, tmp_path):
+    def test_missing_cifar_files_are_named(self, tmp_path):
         refused("cifar10", "needs a path: cifar10:PATH")
         refused(
             f"cifar10:{tmp_path}",
@@ -293,11 +293,11 @@ class TestCifar:
             pickle.dumps({"data": np.zeros((2, 9), np.uint8), "labels": [0, 1]}),
         ],
     )
-    def test_damaged_file(self, tmp_path, content):
+    def test_damaged_cifar_file_is_refused(self, tmp_path, content):
         (write_cifar(tmp_path) / "cifar-10-batches-py" / "data_batch_2").write_bytes(content)
         refused(tmp_path, "data_batch_2: not .*; unpack")
 
-    def test_label_outside_the_classes(self, tmp_path):
+    def test_label_outside_classes_is_refused(self, tmp_path):
         content = {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 2]}
         (write_cifar(tmp_path) / "cifar-10-batches-py" / "test_batch").write_bytes(
             pickle.dumps(content)
@@ -305,7 +305,7 @@ class TestCifar:
         refused(tmp_path, r"split 'test' has label 2, outside 0..1")
 
     @pytest.mark.parametrize("protocol", [0, 2, 4])
-    def test_a_malicious_pickle_runs_nothing(self, tmp_path, protocol):
+    def test_malicious_pickle_is_not_executed(self, tmp_path, protocol):
         class Attack:
             def __reduce__(self):
                 return os.mkdir, (str(tmp_path / "pwned"),)
@@ -319,7 +319,7 @@ class TestCifar:
 
 class TestSplitting:
     @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.99])
-    def test_is_stratified_and_loses_nothing(self, fraction):
+    def test_val_split_is_stratified_and_complete(self, fraction):
         whole, carved = open_dataset("digits"), open_dataset("digits", val_split=fraction)
         before = torch.bincount(whole.train.targets)
         for label, total in enumerate(before.tolist()):
@@ -330,14 +330,14 @@ class TestSplitting:
         assert sorted(both.tolist()) == sorted(whole.train.images.flatten(1).tolist())
         assert torch.equal(carved.test.images, whole.test.images)
 
-    def test_depends_on_the_seed_alone(self):
+    def test_val_split_depends_only_on_seed(self):
         first, again, other = (
             open_dataset("digits", val_split=0.2, seed=seed) for seed in (1, 1, 2)
         )
         assert torch.equal(first.val.images, again.val.images)
         assert not torch.equal(first.val.images, other.val.images)
 
-    def test_files_follow_their_images(self, tmp_path):
+    def test_val_split_keeps_files_with_images(self, tmp_path):
         opened = open_dataset(make_tree(tmp_path, count=5), val_split=0.4)
         for split in (opened.train, opened.val):
             for file, image in zip(split.files, split.images, strict=True):
@@ -345,13 +345,13 @@ class TestSplitting:
                     image.permute(1, 2, 0).numpy(), np.asarray(Image.open(tmp_path / file))
                 )
 
-    def test_out_of_range(self, tmp_path):
+    def test_val_split_out_of_range_is_refused(self, tmp_path):
         for fraction in (-0.1, 1.0, 2):
             with pytest.raises(ConfigError, match="val_split="):
                 open_dataset("digits", val_split=fraction)
         refused(make_tree(tmp_path, count=1), "class 'cat' has 1 training image", val_split=0.5)
 
-    def test_a_split_that_is_not_there(self):
+    def test_absent_split_is_refused(self):
         digits = open_dataset("digits")
         assert digits.split("train") is digits.train
         with pytest.raises(ConfigError, match="--val-split"):
@@ -367,7 +367,7 @@ class TestNormalisation:
         assert opened.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), rel=1e-12)
         assert opened.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), rel=1e-12)
 
-    def test_a_constant_channel_normalises_to_zero(self):
+    def test_constant_channel_normalizes_to_zero(self):
         images = torch.full((3, 3, 2, 2), 7, dtype=torch.uint8)
         images[0, 1] = 9
         mean, std = channel_statistics(images)
@@ -375,7 +375,7 @@ class TestNormalisation:
         assert std[1] < 0.01
         assert mean[0] == pytest.approx(7 / 255)
 
-    def test_overrides(self):
+    def test_mean_and_std_overrides_are_used(self):
         digits = open_dataset("digits", mean=(0.1, 0.2, 0.3), std=(1, 2, 3), augment=Augment())
         assert (digits.mean, digits.std, digits.augment) == ((0.1, 0.2, 0.3), (1, 2, 3), Augment())
         with pytest.raises(ConfigError, match="belong together"):
@@ -384,7 +384,7 @@ class TestNormalisation:
             with pytest.raises(ConfigError, match="std is positive"):
                 open_dataset("digits", mean=(0, 0, 0), std=std)
 
-    def test_loaders_take_the_dataset_s(self):
+    def test_loaders_use_dataset_mean_and_std(self):
         digits = open_dataset("digits", val_split=0.1)
         images = torch.cat(
             [batch.images for batch in make_loader(digits, "train", 100, train=False)]
@@ -396,7 +396,7 @@ class TestNormalisation:
 
 
 class TestFingerprint:
-    def test_is_of_the_content_alone(self, tmp_path):
+    def test_fingerprint_depends_only_on_content(self, tmp_path):
         first = open_dataset(make_tree(tmp_path / "a"))
         moved = open_dataset(
             make_tree(tmp_path / "elsewhere"), val_split=0.5, seed=3, mean=(0, 0, 0), std=(1, 1, 1)
@@ -416,12 +416,12 @@ class TestFingerprint:
             ],
         ],
     )
-    def test_changes_with_pixels_labels_and_names(self, tmp_path, change):
+    def test_fingerprint_changes_with_pixels_labels_and_names(self, tmp_path, change):
         before = open_dataset(make_tree(tmp_path)).fingerprint
         change(tmp_path)
         assert open_dataset(tmp_path).fingerprint != before
 
-    def test_is_in_the_description(self, tmp_path):
+    def test_fingerprint_is_in_description(self, tmp_path):
         opened = open_dataset(make_tree(tmp_path, count=4), val_split=0.25)
         described = opened.describe()
         assert described["fingerprint"] == opened.fingerprint
@@ -443,7 +443,7 @@ KIND = DatasetKind(read, detect=lambda path: (path / "toy.txt").exists())
 
 
 class TestRegistry:
-    def test_a_new_kind_is_one_file_and_one_line(self, tmp_path, monkeypatch):
+    def test_new_dataset_is_one_file_and_one_registry_entry(self, tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.setattr("fastokd.data.registry._datasets.targets", {})
         (tmp_path / "toy_kind_of_test_data.py").write_text(TOY)
@@ -453,7 +453,7 @@ class TestRegistry:
         for spec in ("toy", "toy:anywhere", tmp_path):
             assert len(open_dataset(spec).train) == 4
 
-    def test_names(self):
+    def test_dataset_names_are_listed_and_suggested(self):
         assert list_datasets() == [
             "cifar10",
             "cifar100",
@@ -469,11 +469,11 @@ class TestRegistry:
         with pytest.raises(ConfigError, match=r"must read .package\.module:CONSTANT"):
             register_dataset("toy", "toy")
 
-    def test_image_size_out_of_range(self):
+    def test_image_size_out_of_range_is_refused(self):
         with pytest.raises(ConfigError, match="image_size=0"):
             open_dataset("digits", image_size=0)
 
-    def test_sources_are_checked(self):
+    def test_split_and_dataset_arguments_are_checked(self):
         images, targets = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1])
         good = Split("train", images, targets)
         with pytest.raises(DataError, match="must be uint8"):
@@ -492,7 +492,7 @@ class TestRegistry:
             DataSource("toy", ("a", "b", "c"), good, good)
 
 
-def test_importing_the_room_loads_nothing_heavy():
+def test_data_import_does_not_load_optional_packages():
     code = (
         "import sys, fastokd.data; print([m for m in ('PIL', 'torchvision', 'sklearn', 'triton',"
         " 'nvidia.dali') if m in sys.modules])"
@@ -507,7 +507,7 @@ def test_importing_the_room_loads_nothing_heavy():
     "FASTOKD_TEST_DATA" not in os.environ,
     reason="FASTOKD_TEST_DATA does not name the CIFAR-10 (JPEG) tree",
 )
-def test_real_cifar10():
+def test_real_cifar10_is_read():
     opened = open_dataset(os.environ["FASTOKD_TEST_DATA"])
     assert (len(opened.train), len(opened.test), opened.num_classes, opened.image_size) == (
         50_000,

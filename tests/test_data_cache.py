@@ -66,7 +66,7 @@ def same(left, right) -> bool:
     )
 
 
-def test_the_second_start_decodes_nothing_and_gives_the_same(kept, tree, decodings, monkeypatch):
+def test_cached_dataset_equals_first_without_decoding(kept, tree, decodings, monkeypatch):
     first = open_dataset(tree)
     assert decodings == [16]
     assert same(open_dataset(tree), first)
@@ -77,7 +77,7 @@ def test_the_second_start_decodes_nothing_and_gives_the_same(kept, tree, decodin
     assert decodings == [16, 16]
 
 
-def test_what_is_written_to_the_images_does_not_reach_the_cache(kept, tree, decodings):
+def test_writing_to_images_does_not_change_cache(kept, tree, decodings):
     first = open_dataset(tree)
     again = open_dataset(tree)
     again.train.images.zero_()
@@ -120,7 +120,7 @@ def rename_class(tree):
         lambda tree: (tree / "test" / "dog" / "3.png").unlink(),
     ],
 )
-def test_a_changed_tree_is_decoded_again(kept, tree, decodings, change, monkeypatch):
+def test_changed_tree_is_decoded_again(kept, tree, decodings, change, monkeypatch):
     first = open_dataset(tree)
     time.sleep(0.05)  # a file system's times advance in ticks
     change(tree)
@@ -148,7 +148,7 @@ def test_files_changed_just_now_are_not_cached(kept, tree, decodings, monkeypatc
     assert len(decodings) == 4
 
 
-def test_a_write_with_the_times_of_the_cached_file_is_noticed(kept, tree, monkeypatch):
+def test_write_within_timestamp_resolution_is_detected(kept, tree, monkeypatch):
     """A write in the tick of an earlier one, as on a file system with coarse times."""
     monkeypatch.setattr(cache, "SETTLED_SECONDS", 2.0)
     real = os.stat
@@ -168,7 +168,7 @@ def test_a_write_with_the_times_of_the_cached_file_is_noticed(kept, tree, monkey
     assert not torch.equal(first.train.images, open_dataset(tree).train.images)
 
 
-def test_another_size_is_another_entry(kept, tree, decodings):
+def test_other_image_size_has_separate_entry(kept, tree, decodings):
     open_dataset(tree)
     assert open_dataset(tree, image_size=4).image_size == (4, 4)
     assert open_dataset(tree).image_size == (8, 8)
@@ -183,7 +183,7 @@ def test_changed_tree_replaces_its_entry(kept, tree):
     assert len(list(kept.iterdir())) == 1
 
 
-def test_file_changed_while_decoding_is_not_kept(kept, tree, monkeypatch):
+def test_file_changed_while_decoding_is_not_cached(kept, tree, monkeypatch):
     real = files.try_decode_all
 
     def change_first(*arguments):
@@ -205,7 +205,7 @@ def test_file_changed_while_decoding_is_not_kept(kept, tree, monkeypatch):
         lambda file: file.unlink(),
     ],
 )
-def test_a_damaged_entry_is_decoded_and_written_again(kept, tree, decodings, damage):
+def test_damaged_entry_is_regenerated(kept, tree, decodings, damage):
     first = open_dataset(tree)
     [file] = kept.iterdir()
     damage(file)
@@ -214,7 +214,7 @@ def test_a_damaged_entry_is_decoded_and_written_again(kept, tree, decodings, dam
     assert decodings == [16, 16]
 
 
-def test_limits_are_kept(kept, tree, monkeypatch):
+def test_cache_limits_prevent_writing(kept, tree, monkeypatch):
     monkeypatch.setattr(cache, "MAX_BYTES", 100)
     open_dataset(tree)
     monkeypatch.setattr(cache, "MAX_BYTES", 2**30)
@@ -223,7 +223,7 @@ def test_limits_are_kept(kept, tree, monkeypatch):
     assert not kept.exists()
 
 
-def test_a_folder_that_cannot_be_written_is_a_warning(kept, tree, decodings, monkeypatch):
+def test_unwritable_cache_folder_is_a_warning(kept, tree, decodings, monkeypatch):
     kept.parent.write_text("a file where the folder should be")
     with pytest.warns(
         UserWarning, match=r"not kept for the next start.*FASTOKD_CACHE names another folder"
@@ -238,7 +238,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(kept, tree, decodings, mon
             open_dataset(tree)
 
 
-def test_where_it_lies(monkeypatch, tmp_path):
+def test_cache_folder_follows_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("FASTOKD_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache.cache_folder() == tmp_path / "fastokd"
@@ -251,7 +251,7 @@ def test_where_it_lies(monkeypatch, tmp_path):
 
 
 class TestBadImages:
-    def test_stop_by_default(self, kept, tree):
+    def test_corrupt_images_stop_by_default(self, kept, tree):
         (tree / "train" / "cat" / "1.png").write_bytes(b"")
         with pytest.raises(
             DataError,
@@ -264,7 +264,7 @@ class TestBadImages:
             open_dataset(tree, bad_images="replce")
 
     @pytest.mark.parametrize(("bad", "place", "instead"), [(3, 7, 4), (1, 5, 6)])
-    def test_are_replaced_by_the_next_of_their_class(
+    def test_corrupt_images_are_replaced_by_next_of_class(
         self, kept, tree, decodings, bad, place, instead
     ):
         good = open_dataset(tree)

@@ -50,7 +50,7 @@ def kinds(report) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_sound_data_has_no_findings(tree, workers, monkeypatch):
+def test_valid_dataset_has_no_findings(tree, workers, monkeypatch):
     monkeypatch.setattr(check, "_CHUNK", 4)
     calls = []
     report = check.check_dataset(tree, workers, lambda *call: calls.append(call))
@@ -65,7 +65,7 @@ def test_sound_data_has_no_findings(tree, workers, monkeypatch):
     assert calls[-1] == (24, 24)
 
 
-def test_every_kind_of_damage_is_found_and_left_out(tree, monkeypatch, tmp_path):
+def test_damaged_images_are_reported_and_omitted(tree, monkeypatch, tmp_path):
     whole = encoded(picture((40, 40)))
     train = tree / "train" / "cat"
     put(train / "empty.jpg", b"")
@@ -135,7 +135,7 @@ def test_files_and_folders_without_permission(tree, monkeypatch):
 
 
 class TestDuplicates:
-    def test_across_splits_the_training_copy_is_left_out(self, tree):
+    def test_duplicate_across_splits_omits_training_copy(self, tree):
         put(tree / "train" / "cat" / "copy.jpg", (tree / "val" / "cat" / "2.jpg").read_bytes())
         report = check.check_dataset(tree)
         assert kinds(report) == {"duplicate across splits": 1}
@@ -147,7 +147,7 @@ class TestDuplicates:
             for i in range(6)
         }
 
-    def test_of_the_same_pixels_in_other_bytes(self, tree):
+    def test_duplicate_pixels_in_other_bytes_are_reported(self, tree):
         image = picture()
         put(tree / "train" / "cat" / "a.png", encoded(image, "PNG", compress_level=1))
         put(tree / "val" / "cat" / "b.png", encoded(image, "PNG", compress_level=9))
@@ -156,18 +156,18 @@ class TestDuplicates:
             in check.check_dataset(tree).problems["duplicate across splits"][0]
         )
 
-    def test_across_classes_all_training_copies_are_left_out(self, tree):
+    def test_duplicate_across_classes_omits_all_training_copies(self, tree):
         put(tree / "train" / "dog" / "copy.jpg", (tree / "train" / "cat" / "2.jpg").read_bytes())
         report = check.check_dataset(tree)
         assert kinds(report) == {"duplicate across classes": 1}
         assert len(report.clean) == 23
 
-    def test_within_a_class_are_a_remark(self, tree):
+    def test_duplicate_within_class_is_a_remark(self, tree):
         put(tree / "train" / "dog" / "copy.jpg", (tree / "train" / "dog" / "2.jpg").read_bytes())
         report = check.check_dataset(tree)
         assert (kinds(report), report.problems, len(report.clean)) == ({"duplicate": 1}, {}, 25)
 
-    def test_alike_in_pixels_but_not_in_shape_are_none(self, tree):
+    def test_equal_pixels_of_other_shape_are_not_duplicates(self, tree):
         for name, size in (("a", (8, 18)), ("b", (18, 8))):
             put(
                 tree / "train" / "dog" / f"{name}.png",
@@ -177,7 +177,7 @@ class TestDuplicates:
 
 
 class TestOtherLayouts:
-    def test_one_folder(self, tree, tmp_path):
+    def test_check_single_folder_without_splits(self, tree, tmp_path):
         report = check.check_dataset(tree / "train")
         assert (report.images, kinds(report)) == ({"": 12}, {})
         report.write_clean(tmp_path / "list.csv")
@@ -186,7 +186,7 @@ class TestOtherLayouts:
         )
         assert len(list_files(tmp_path / "list.csv", val_split=0.5).train) == 6
 
-    def test_a_flat_validation_folder(self, tree):
+    def test_flat_validation_folder_needs_labels(self, tree):
         for name in ("cat", "dog"):
             for file in sorted((tree / "val" / name).iterdir()):
                 file.rename(tree / "val" / f"{name}{file.name}")
@@ -199,7 +199,7 @@ class TestOtherLayouts:
         assert kinds(report) == {}
         assert ("val/dog3.jpg", "dog", "val") in report.clean
 
-    def test_the_clean_list_of_a_tree_numbers_its_classes_alike(self, tmp_path):
+    def test_clean_list_keeps_class_order_of_tree(self, tmp_path):
         for split in ("train", "val"):
             for name in ("2", "10", "1"):
                 for i in range(2):
@@ -216,13 +216,13 @@ class TestOtherLayouts:
         ]
         assert labels[0] == labels[1]
 
-    def test_a_csv_list(self, tree):
+    def test_check_csv_list_reports_missing_image(self, tree):
         (tree / "list.csv").write_text(
             "train/cat/0.jpg,a\ntrain/cat/1.jpg,b\ntrain/cat/gone.jpg,a\n"
         )
         assert kinds(check.check_dataset(tree / "list.csv")) == {"unreadable": 1}
 
-    def test_shards(self, tmp_path):
+    def test_check_shards_reports_unreadable_image(self, tmp_path):
         with tarfile.open(tmp_path / "train-0.tar", "w") as archive:
             for name, content in (
                 ("0.jpg", encoded(picture())),
@@ -238,14 +238,14 @@ class TestOtherLayouts:
         with pytest.raises(DataError, match="images in archives cannot be listed"):
             report.write_clean(tmp_path / "list.csv")
 
-    def test_nothing_to_look_at(self, tmp_path):
+    def test_check_without_images_is_refused(self, tmp_path):
         with pytest.raises(DataError, match="no images there"):
             check.check_dataset(tmp_path)
         with pytest.raises(DataError, match="digits is not made of image files"):
             check.check_dataset("digits")
 
 
-def test_a_decoder_that_crashes_is_reported():
+def test_crashed_decoder_is_reported():
     images = [check.Image("train", "cat", f"{i}.jpg", f"/nowhere/{i}.jpg") for i in range(24)]
     with pytest.raises(
         DataError,
@@ -258,7 +258,7 @@ def crash(item):
     os._exit(11)
 
 
-def test_large_image_is_a_remark_and_refused_one_a_problem(tree, monkeypatch, capsys):
+def test_huge_image_is_a_remark_and_undecodable_a_problem(tree, monkeypatch, capsys):
     put(tree / "train" / "cat" / "wide.jpg", encoded(picture((50, 60))))
     monkeypatch.setattr(check, "HUGE_PIXELS", 2500)
     assert cli.main(["data", "check", str(tree)]) == 0
@@ -270,7 +270,7 @@ def test_large_image_is_a_remark_and_refused_one_a_problem(tree, monkeypatch, ca
         open_dataset(tree, image_size=8)
 
 
-def test_the_command_reports_and_writes_a_list_that_trains(tree, tmp_path, capsys):
+def test_check_command_writes_trainable_list(tree, tmp_path, capsys):
     assert cli.main(["data", "check", str(tree)]) == 0
     assert "12 train images in 2 classes, 12 val images in 2 classes" in capsys.readouterr().out
     put(tree / "train" / "cat" / "3.jpg", b"")

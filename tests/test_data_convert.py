@@ -47,7 +47,7 @@ def content(folder) -> dict[str, bytes]:
     }
 
 
-def test_a_tree_is_scaled_to_its_shorter_side(tree, tmp_path):
+def test_convert_scales_shorter_side(tree, tmp_path):
     outcome = convert_dataset(tree, tmp_path / "out", 12)
     assert (outcome.written, outcome.kept) == (16, 0)
     before, after = list_files(tree), list_files(tmp_path / "out")
@@ -92,7 +92,7 @@ def test_convert_copies_small_images_and_turns_rotated_ones(tmp_path):
     )
 
 
-def test_an_interrupted_conversion_goes_on_and_ends_the_same(tree, tmp_path, monkeypatch):
+def test_interrupted_conversion_resumes_with_same_result(tree, tmp_path, monkeypatch):
     convert_dataset(tree, tmp_path / "straight", 12)
     real, calls = convert._converted, []
 
@@ -118,7 +118,7 @@ def test_an_interrupted_conversion_goes_on_and_ends_the_same(tree, tmp_path, mon
     assert convert_dataset(tree, tmp_path / "out", 12).kept == 16
 
 
-def test_what_was_damaged_since_is_written_again(tree, tmp_path):
+def test_damaged_converted_images_are_rewritten(tree, tmp_path):
     out = tmp_path / "out"
     convert_dataset(tree, out, 12)
     before = content(out)
@@ -130,7 +130,7 @@ def test_what_was_damaged_since_is_written_again(tree, tmp_path):
     assert content(out) == before
 
 
-def test_a_replaced_picture_is_not_passed_off_as_converted(tree, tmp_path):
+def test_replaced_source_image_is_refused(tree, tmp_path):
     convert_dataset(tree, tmp_path / "out", 12)
     before = content(tmp_path / "out")
     picture = tree / "train" / "cat" / "0.png"
@@ -145,7 +145,7 @@ def test_a_replaced_picture_is_not_passed_off_as_converted(tree, tmp_path):
     assert content(tmp_path / "out") == before
 
 
-def test_a_mended_picture_may_change_once_and_no_other(tree, tmp_path, monkeypatch):
+def test_only_repaired_source_image_may_change(tree, tmp_path, monkeypatch):
     bad, other = tree / "train" / "dog" / "2.png", tree / "train" / "dog" / "0.png"
     good = bad.read_bytes()
     bad.write_bytes(b"")
@@ -172,7 +172,7 @@ def test_a_mended_picture_may_change_once_and_no_other(tree, tmp_path, monkeypat
         convert_dataset(tree, tmp_path / "out", 12)
 
 
-def test_bad_images_are_named_and_the_others_done(tree, tmp_path):
+def test_corrupt_images_are_named_and_others_converted(tree, tmp_path):
     bad = tree / "train" / "dog" / "2.png"
     good = bad.read_bytes()
     bad.write_bytes(good[:60])
@@ -188,7 +188,7 @@ def test_bad_images_are_named_and_the_others_done(tree, tmp_path):
     assert outcome.written == 1
 
 
-def test_a_folder_of_something_else_is_left_alone(tree, tmp_path):
+def test_convert_into_foreign_folder_is_refused(tree, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("dear")
     with pytest.raises(ConfigError, match="is not empty"):
@@ -202,7 +202,7 @@ def test_a_folder_of_something_else_is_left_alone(tree, tmp_path):
         convert_dataset(tree, tmp_path / "done", 12)
 
 
-def test_settings_out_of_range(tree, tmp_path):
+def test_settings_out_of_range_are_refused(tree, tmp_path):
     with pytest.raises(ConfigError, match="shorter_side=0"):
         convert_dataset(tree, tmp_path / "out", 0)
     with pytest.raises(DataError, match="digits is not made of image files"):
@@ -212,7 +212,7 @@ def test_settings_out_of_range(tree, tmp_path):
         convert_dataset(tmp_path / "list.csv", tmp_path / "out", 4)
 
 
-def test_the_command(tree, tmp_path, capsys):
+def test_convert_command_writes_images(tree, tmp_path, capsys):
     out = tmp_path / "out"
     assert (
         cli.main(

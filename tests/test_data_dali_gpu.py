@@ -33,7 +33,7 @@ def on_gpu(split, batch_size, train, options=None, **settings):
 
 @pytest.mark.parametrize("decoder", ["mixed", "cpu"])
 @pytest.mark.parametrize("train", [True, False])
-def test_the_gpu_makes_the_pictures_that_the_cpu_makes(split, decoder, train):
+def test_dali_gpu_images_match_cpu(split, decoder, train):
     from fastokd.data.dali import DaliLoader
 
     here = DaliLoader(split, 8, train, "cpu", size=(64, 64), augment=CROP, **LEVELS)
@@ -48,7 +48,7 @@ def test_the_gpu_makes_the_pictures_that_the_cpu_makes(split, decoder, train):
 
 
 @pytest.mark.parametrize("augment", [CROP, Augment(pad=4, flip=True)])
-def test_a_resumed_epoch_continues_with_the_same_pixels(split, augment):
+def test_dali_gpu_resumed_epoch_has_same_pixels(split, augment):
     loader = on_gpu(split, 8, True, augment=augment, dtype=torch.bfloat16)
     batches = [tuple(part.clone() for part in batch) for batch in loader]
     running = iter(loader)
@@ -78,7 +78,7 @@ def test_batches_are_written_into_a_captured_graphs_input(split):
 
 
 @pytest.mark.parametrize("load", [0.0, 0.5, 1.0])
-def test_every_share_of_the_jpeg_engine_decodes(split, load):
+def test_dali_gpu_decodes_with_any_jpeg_engine_load(split, load):
     assert (
         sum(
             len(batch.index)

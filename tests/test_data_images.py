@@ -40,14 +40,14 @@ def pixels(image) -> np.ndarray:
 @pytest.mark.parametrize(
     "options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}]
 )
-def test_colour_jpeg(picture, tmp_path, options):
+def test_color_jpeg_decodes_to_rgb(picture, tmp_path, options):
     picture.save(tmp_path / "a.jpg", **options)
     assert np.array_equal(
         pixels(decode(tmp_path / "a.jpg")), pixels(Image.open(tmp_path / "a.jpg").convert("RGB"))
     )
 
 
-def test_grey_jpeg_is_repeated_over_the_channels(picture, tmp_path):
+def test_gray_jpeg_is_repeated_over_channels(picture, tmp_path):
     picture.convert("L").save(tmp_path / "a.jpg")
     grey = pixels(Image.open(tmp_path / "a.jpg"))
     assert grey.ndim == 2
@@ -56,7 +56,7 @@ def test_grey_jpeg_is_repeated_over_the_channels(picture, tmp_path):
     )
 
 
-def test_cmyk_jpeg_keeps_its_colours(picture, tmp_path):
+def test_cmyk_jpeg_keeps_colors(picture, tmp_path):
     picture.convert("CMYK").save(tmp_path / "a.jpg", quality=100)
     decoded = decode(tmp_path / "a.jpg")
     assert decoded.mode == "RGB"
@@ -80,13 +80,13 @@ def test_exif_orientation_is_applied(picture, tmp_path, orientation):
     "transparency", [{}, {"transparency": 0}, {"transparency": bytes([0, 128])}]
 )
 @pytest.mark.filterwarnings("error")
-def test_palette_png(picture, tmp_path, transparency):
+def test_palette_png_decodes_to_rgb(picture, tmp_path, transparency):
     palette = picture.quantize(16)
     palette.save(tmp_path / "a.png", **transparency)
     assert np.array_equal(pixels(decode(tmp_path / "a.png")), pixels(palette.convert("RGB")))
 
 
-def test_16_bit_grey_png_keeps_its_high_byte(tmp_path):
+def test_16_bit_gray_png_keeps_high_byte(tmp_path):
     levels = np.linspace(0, 65535, 24 * 16).astype(np.uint16).reshape(16, 24)
     Image.fromarray(levels).save(tmp_path / "a.png")
     Image.fromarray(levels).save(tmp_path / "a.pgm")
@@ -112,7 +112,7 @@ def test_image_format_is_of_content_and_animation_is_first_frame(picture, tmp_pa
 
 @pytest.mark.parametrize("size", [(24, 16), (16, 24), (40, 40), (7, 50), (33, 32), (100, 3)])
 @pytest.mark.parametrize("side", [16, 9, 32])
-def test_fit_is_torchvisions_resize_and_centre_crop(size, side):
+def test_fit_equals_torchvision_resize_and_center_crop(size, side):
     transforms = pytest.importorskip("torchvision.transforms")
     image = Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -121,7 +121,7 @@ def test_fit_is_torchvisions_resize_and_centre_crop(size, side):
     assert np.array_equal(pixels(fit(image, side)), pixels(want))
 
 
-def test_resize_all_is_fit_for_each():
+def test_resize_all_equals_fit_of_each_image():
     images = torch.randint(0, 256, (5, 3, 9, 12), dtype=torch.uint8)
     got = resize_all(images, 6, "here")
     assert got.is_contiguous(memory_format=torch.channels_last)
@@ -183,7 +183,7 @@ def test_damaged_files_are_all_named_and_counted(tmp_path, picture):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "bmp"])
-def test_a_file_cut_anywhere_is_refused_or_has_all_its_pixels(picture, tmp_path, suffix):
+def test_truncated_file_is_refused_or_complete(picture, tmp_path, suffix):
     picture.save(tmp_path / f"whole.{suffix}")
     whole = (tmp_path / f"whole.{suffix}").read_bytes()
     want, cut = pixels(decode(tmp_path / f"whole.{suffix}")), tmp_path / f"cut.{suffix}"
@@ -196,7 +196,7 @@ def test_a_file_cut_anywhere_is_refused_or_has_all_its_pixels(picture, tmp_path,
         assert np.array_equal(decoded, want), length  # only the bytes after the picture are gone
 
 
-def test_only_ten_damaged_files_are_named(tmp_path):
+def test_decode_all_names_at_most_ten_damaged_files(tmp_path):
     names = [f"{i}.jpg" for i in range(200)]
     with pytest.raises(DataError, match="200 of 200") as caught:
         decode_all(tmp_path, names)
@@ -204,7 +204,7 @@ def test_only_ten_damaged_files_are_named(tmp_path):
     assert "10.jpg" not in str(caught.value)
 
 
-def test_an_absurdly_large_image_is_refused(tmp_path, picture, monkeypatch):
+def test_image_with_too_many_pixels_is_refused(tmp_path, picture, monkeypatch):
     picture.save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(DataError, match=r"a.png \(too many pixels\)"):
@@ -221,7 +221,7 @@ def test_images_of_different_sizes_are_refused_or_fitted(tmp_path):
     assert decode_all(tmp_path, ["a.png", "b.png"], image_size=7).shape == (2, 3, 7, 7)
 
 
-def test_differing_sizes_stop_the_decoding_at_once(tmp_path):
+def test_differing_sizes_stop_decoding_early(tmp_path):
     Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
     Image.new("RGB", (5, 9)).save(tmp_path / "b.png")
     started = time.monotonic()
@@ -230,7 +230,7 @@ def test_differing_sizes_stop_the_decoding_at_once(tmp_path):
     assert time.monotonic() - started < 10
 
 
-def test_a_set_larger_than_the_memory_is_refused_before_decoding(tmp_path, monkeypatch):
+def test_images_larger_than_memory_are_refused_early(tmp_path, monkeypatch):
     Image.new("RGB", (512, 1024)).save(tmp_path / "a.png")
     monkeypatch.setattr(data_images, "available_memory", lambda: 2 * 2**30)
     with pytest.raises(
@@ -243,6 +243,6 @@ def test_a_set_larger_than_the_memory_is_refused_before_decoding(tmp_path, monke
     assert decode_all(tmp_path, ["a.png"] * 3).shape == (3, 3, 1024, 512)
 
 
-def test_available_memory_is_a_plausible_number():
+def test_available_memory_is_plausible():
     available = data_images.available_memory()
     assert available is None or 2**20 < available < 2**50

@@ -70,7 +70,7 @@ def check_agreement(spec, **settings) -> None:
 
 
 class TestOneFolder:
-    def test_is_held_out_of(self, tmp_path):
+    def test_folder_without_splits_uses_val_split(self, tmp_path):
         for name in ("cat", "dog"):
             for i in range(5):
                 put(tmp_path / name / f"{i}.png")
@@ -86,13 +86,13 @@ class TestOneFolder:
         assert not set(opened.train.files) & set(opened.test.files)
         check_agreement(tmp_path, val_split=0.4, seed=3)
 
-    def test_train_alone_is_held_out_of(self, tmp_path):
+    def test_folder_with_only_train_uses_val_split(self, tmp_path):
         for name in ("cat", "dog"):
             for i in range(4):
                 put(tmp_path / "train" / name / f"{i}.png")
         assert len(open_dataset(tmp_path, val_split=0.5).test) == 4
 
-    def test_a_folder_without_images_or_classes(self, tmp_path):
+    def test_folder_without_images_or_classes_is_refused(self, tmp_path):
         (tmp_path / "a").mkdir()
         refused(tmp_path, r"no train/ \(found a/\), and no images in them")
         put(tmp_path / "x.png")
@@ -104,7 +104,7 @@ class TestOneFolder:
 
 
 class TestSplitWords:
-    def test_all_layouts_know_the_same(self, tmp_path):
+    def test_split_names_are_recognized_by_every_layout(self, tmp_path):
         for split, count in (("training", 3), ("validation", 2), ("testing", 1)):
             write_shard(
                 tmp_path / "shards" / f"{split}-0.tar",
@@ -134,7 +134,7 @@ class TestSplitWords:
         put(tmp_path / "tree" / "training" / "emu" / "0.png")
         refused(tmp_path / "tree", r"1 class\(es\) in training/ and not in validation/: emu")
 
-    def test_one_split_in_two_folders_is_refused(self, tmp_path):
+    def test_split_in_two_folders_is_refused(self, tmp_path):
         for split in ("train", "val", "valid"):
             for name in ("cat", "dog"):
                 put(tmp_path / split / name / "0.png")
@@ -170,7 +170,7 @@ class TestFlatValidation:
         ]
         check_agreement(root)
 
-    def test_pairs_of_image_and_synset_in_any_order(self, tmp_path):
+    def test_flat_validation_reads_image_synset_pairs(self, tmp_path):
         self.tree(tmp_path)
         wanted = dict(zip(range(1, 7), ("n03", "n01", "n02", "n02", "n01", "n03"), strict=True))
         lines = [f"val/ILSVRC2012_val_{i:08}.JPEG {wanted[i]}" for i in (3, 1, 2, 6, 5, 4)]
@@ -224,7 +224,7 @@ class TestFlatValidation:
             ) == ("test", [0, 1, 2, 0], [2, 0, 1, 1, 0, 2])
             file.unlink()
 
-    def test_numbers_of_the_folders_in_order(self, tmp_path):
+    def test_flat_validation_reads_class_numbers(self, tmp_path):
         self.tree(tmp_path)
         lines = [
             f"ILSVRC2012_val_{i:08}.JPEG {label}"
@@ -242,7 +242,7 @@ class TestFlatValidation:
         (tmp_path / "val.txt").write_text("\n".join(lines).replace(" 0", " 1"))
         refused(tmp_path, "labels are the numbers 1 to 2")
 
-    def test_one_synset_a_line(self, tmp_path):
+    def test_flat_validation_reads_synset_labels(self, tmp_path):
         self.tree(tmp_path)
         file = tmp_path / "imagenet_2012_validation_synset_labels.txt"
         file.write_text("n03\nn01\nn02\nn02\nn01\nn03\n")
@@ -250,7 +250,7 @@ class TestFlatValidation:
         file.write_text("n03\nn01\n")
         refused(tmp_path, "2 labels for 6 images")
 
-    def test_the_official_ground_truth(self, tmp_path):
+    def test_flat_validation_reads_official_ground_truth(self, tmp_path):
         io_ = pytest.importorskip("scipy.io")
         self.tree(tmp_path)
         kit = tmp_path / "ILSVRC2012_devkit_t12" / "data"
@@ -271,7 +271,7 @@ class TestFlatValidation:
         (kit / "meta.mat").write_bytes(b"no matrix")
         refused(tmp_path, "not the meta.mat of ImageNet's development kit")
 
-    def test_tiny_imagenet(self, tmp_path):
+    def test_tiny_imagenet_folder_is_read(self, tmp_path):
         for name in ("n01", "n02"):
             for i in range(2):
                 put(tmp_path / "train" / name / "images" / f"{name}_{i}.JPEG")
@@ -297,7 +297,7 @@ class TestFlatValidation:
         assert opened.ignored_files == 5  # two box files, and three test images without labels
         check_agreement(tmp_path)
 
-    def test_what_is_missing_is_said(self, tmp_path):
+    def test_missing_validation_labels_are_reported(self, tmp_path):
         self.tree(tmp_path)
         refused(
             tmp_path, "6 images and no class folders.*val_annotations.txt with 'image class' lines"
@@ -327,7 +327,7 @@ class TestCsv:
         ("head", "order"),
         [("", (0, 1, 2)), ("path,label,split\n", (0, 1, 2)), ("Split,Class,File\n", (2, 1, 0))],
     )
-    def test_three_columns(self, tmp_path, head, order):
+    def test_csv_with_split_column_is_read(self, tmp_path, head, order):
         self.images(tmp_path)
         (tmp_path / "list.csv").write_text(
             head + "\n".join(",".join(row[i] for i in order) for row in self.ROWS) + "\n"
@@ -344,7 +344,7 @@ class TestCsv:
         check_agreement(f"csv:{tmp_path / 'list.csv'}")
 
     @pytest.mark.parametrize(("suffix", "mark"), [(".csv", ","), (".csv", ";"), (".tsv", "\t")])
-    def test_two_columns_numbers_and_absolute_paths(self, tmp_path, suffix, mark):
+    def test_csv_reads_numeric_labels_and_absolute_paths(self, tmp_path, suffix, mark):
         files = [put(tmp_path / "pictures" / f"{i}.png") for i in range(24)]
         lists = tmp_path / "lists"
         lists.mkdir()
@@ -379,11 +379,11 @@ class TestCsv:
             ("a.png,cat\nb.png,cat\n", r"1 class\(es\)"),
         ],
     )
-    def test_what_is_wrong_is_said_with_its_line(self, tmp_path, content, message):
+    def test_csv_error_names_line(self, tmp_path, content, message):
         (tmp_path / "list.csv").write_text(content)
         refused(tmp_path / "list.csv", message, list_files)
 
-    def test_a_missing_image_is_named(self, tmp_path):
+    def test_csv_missing_image_is_named(self, tmp_path):
         (tmp_path / "list.csv").write_text("a.png,cat\nb.png,dog\nc.png,cat\nd.png,dog\n")
         put(tmp_path / "a.png")
         refused(
@@ -424,7 +424,7 @@ class TestWebDataset:
             ("TRAINING_1.tar", "training/0.tar", "valid-0.tar"),
         ],
     )
-    def test_splits_are_told_by_name_or_folder(self, tmp_path, names):
+    def test_shard_splits_follow_name_or_folder(self, tmp_path, names):
         for i, name in enumerate(names):
             write_shard(tmp_path / name, [(f"deep/er.d/{i}{k}", k % 3) for k in range(6)])
         if len(names) == 1:
@@ -455,14 +455,14 @@ class TestWebDataset:
             ),
         ],
     )
-    def test_a_name_says_one_split_and_all_do(self, tmp_path, names, message):
+    def test_shard_names_with_ambiguous_split_are_refused(self, tmp_path, names, message):
         for name in names:
             write_shard(tmp_path / name, [("a", 0), ("b", 1)])
         refused(tmp_path, message, list_files)
 
     @pytest.mark.parametrize("label", ["2026112100", "9" * 20, "7" * 5000, "-1", "5"])
     @pytest.mark.parametrize("listed", [False, True])
-    def test_a_number_that_can_be_no_class_is_named(self, tmp_path, label, listed):
+    def test_shard_label_out_of_range_is_named(self, tmp_path, label, listed):
         write_shard(tmp_path / "train-0.tar", [("a", 0), ("b", 1)])
         write_shard(tmp_path / "test-0.tar", [("c", 1), ("d", label), ("e", 0)])
         if listed:
@@ -474,12 +474,12 @@ class TestWebDataset:
             list_files,
         )
 
-    def test_a_sample_that_comes_twice_is_named(self, tmp_path):
+    def test_shard_duplicate_sample_is_named(self, tmp_path):
         write_shard(tmp_path / "train-0.tar", [("x/7", 0), ("y/7", 1), ("x/7", 1)])
         write_shard(tmp_path / "test-0.tar", [("7", 0), ("8", 1)])
         refused(tmp_path, "train-0.tar: sample x/7 has a second .png file", list_files)
 
-    def test_names_come_from_the_labels_or_a_file(self, tmp_path):
+    def test_shard_class_names_come_from_labels_or_file(self, tmp_path):
         write_shard(tmp_path / "train-0.tar", [("a", "dog"), ("b", "cat")])
         write_shard(tmp_path / "test-0.tar", [("c", "cat")])
         assert list_files(tmp_path).classes == ("cat", "dog")
@@ -491,13 +491,13 @@ class TestWebDataset:
         opened = list_files(tmp_path)
         assert (opened.classes, opened.test.targets.tolist()) == (("dog", "cat"), [1])
 
-    def test_a_subset_reads_its_own_bytes(self, tmp_path):
+    def test_shard_subset_reads_selected_samples(self, tmp_path):
         write_shard(tmp_path / "train-0.tar", [(str(k), k % 2) for k in range(8)])
         split = list_files(tmp_path, val_split=0.25).train
         part = split.select(torch.tensor([4, 1]))
         assert [part.read(0), part.read(1)] == [split.read(4), split.read(1)]
 
-    def test_damage_is_named(self, tmp_path, monkeypatch):
+    def test_damaged_shard_is_named(self, tmp_path, monkeypatch):
         def denied(*given, **more):
             raise PermissionError(13, "Permission denied")
 
@@ -549,7 +549,7 @@ class TestSmallSets:
         "truck",
     )
 
-    def test_cinic10(self, tmp_path):
+    def test_cinic10_folder_is_recognized(self, tmp_path):
         for split in ("train", "valid", "test"):
             for name in self.CINIC:
                 put(tmp_path / split / name / "0.png", png((32, 32)))
@@ -565,7 +565,7 @@ class TestSmallSets:
         (tmp_path / "valid" / "truck").rename(tmp_path / "valid" / "lorry")
         refused(f"cinic10:{tmp_path}", "1 class.*in train/ and not in valid/: truck")
 
-    def test_svhn(self, tmp_path):
+    def test_svhn_files_are_read(self, tmp_path):
         io_ = pytest.importorskip("scipy.io")
         pixels = {
             name: RNG.integers(0, 256, (32, 32, 3, 20), dtype=np.uint8)
@@ -586,7 +586,7 @@ class TestSmallSets:
         refused(tmp_path, "not an SVHN file")
 
 
-def test_listed_files_know_their_normalisation_size_and_content(tmp_path):
+def test_listed_files_have_normalization_size_and_content(tmp_path):
     for split in ("train", "val"):
         for name in ("cat", "dog"):
             for i in range(3):

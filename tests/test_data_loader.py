@@ -101,7 +101,7 @@ def test_draws_cover_every_offset_evenly_and_flip_half():
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_evaluation_images_are_normalised(dtype, memory_format):
+def test_evaluation_images_are_normalized(dtype, memory_format):
     loader = make(count=10, batch_size=4, train=False, dtype=dtype, memory_format=memory_format)
     pixels = make_split(10).images.double() / 255
     want = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(
@@ -180,7 +180,7 @@ def test_training_drops_last_partial_batch_on_every_rank(count, batch_size, worl
     )
 
 
-def test_the_global_batch_does_not_depend_on_the_number_of_ranks():
+def test_global_batch_is_independent_of_rank_count():
     alone = list(make(50, 8))
     ranks = [list(make(50, 2, rank=rank, world_size=4)) for rank in range(4)]
     joined = [
@@ -190,7 +190,7 @@ def test_the_global_batch_does_not_depend_on_the_number_of_ranks():
     assert equal(alone, joined)
 
 
-def test_one_seed_gives_one_order_and_others_differ():
+def test_batch_order_depends_on_seed_and_epoch():
     assert equal(list(make(seed=3)), list(make(seed=3)))
     loader = make(seed=3)
     epochs = []
@@ -222,7 +222,7 @@ def test_augmentation_differs_between_epochs():
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("done", [0, 1, 3, 6])
-def test_resume_gives_exactly_the_batches_that_were_left(train, done):
+def test_resume_yields_exactly_the_remaining_batches(train, done):
     straight = make(train=train)
     straight.set_epoch(5)
     batches = list(straight)
@@ -240,7 +240,7 @@ def test_resume_gives_exactly_the_batches_that_were_left(train, done):
     assert equal(list(resumed), list(straight))
 
 
-def test_a_finished_epoch_resumes_as_finished():
+def test_finished_epoch_resumes_as_finished():
     loader = make()
     assert len(list(loader)) == 6
     resumed = make()
@@ -248,7 +248,7 @@ def test_a_finished_epoch_resumes_as_finished():
     assert list(resumed) == []
 
 
-def test_an_abandoned_iteration_starts_over():
+def test_abandoned_iteration_restarts():
     loader = make()
     first = list(loader)
     next(iter(loader))
@@ -269,7 +269,7 @@ def test_resume_with_other_number_of_ranks_keeps_batches():
     ]
 
 
-def test_a_state_that_does_not_fit_is_refused():
+def test_state_of_other_loader_is_refused():
     loader = make()
     next(iter(loader))
     state = loader.state_dict()
@@ -283,7 +283,7 @@ def test_a_state_that_does_not_fit_is_refused():
         make().load_state_dict({**state, "position": 56})
 
 
-def test_too_few_training_images_for_a_batch():
+def test_training_images_fewer_than_batch_are_refused():
     with pytest.raises(
         DataError, match=r"50 images, fewer than one batch of 64; use --batch-size 50 or less"
     ):
@@ -295,7 +295,7 @@ def test_too_few_training_images_for_a_batch():
     assert len(make(batch_size=64, train=False)) == 1
 
 
-def test_a_set_larger_than_the_device_says_what_it_needs(monkeypatch):
+def test_split_larger_than_device_memory_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5000, 2**30))
     resident._check_device_memory(make_split(40), torch.device("cuda"))  # 40 x 3 x 6 x 6 bytes fit
     with pytest.raises(
@@ -323,7 +323,7 @@ def test_a_set_larger_than_the_device_says_what_it_needs(monkeypatch):
         ({"augment": Augment(pad=6, padding="reflect")}, "pad=6: too large to reflect 6 x 6"),
     ],
 )
-def test_settings_out_of_range(settings, message):
+def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         make(**settings)
     with pytest.raises(ConfigError, match="negative"):
@@ -334,7 +334,7 @@ def test_settings_out_of_range(settings, message):
         make().set_epoch(-1)
 
 
-def test_the_split_is_never_written_to():
+def test_loader_does_not_modify_split():
     split = make_split(20)
     before = split.images.clone()
     for train in (True, False):
@@ -342,7 +342,7 @@ def test_the_split_is_never_written_to():
     assert torch.equal(split.images, before)
 
 
-def test_the_augmentation_of_a_seed_and_epoch_stays_what_it_was():
+def test_augmentation_of_seed_and_epoch_has_fixed_values():
     """Fixed numbers: runs of earlier versions can be resumed, and one view is the first of many."""
     for views in (1, 3):
         loader = make(
@@ -363,7 +363,7 @@ def test_the_augmentation_of_a_seed_and_epoch_stays_what_it_was():
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_views_are_other_augmentations_of_the_same_images(memory_format):
+def test_views_are_different_augmentations_of_same_images(memory_format):
     split = make_split(48)
     loader = ResidentLoader(
         split,
@@ -505,7 +505,7 @@ def test_views_and_mixing_ignore_ranks_and_interruption(settings):
     assert not equal(list(alone), batches)
 
 
-def test_gather_from_a_step_on_makes_batches_of_the_epoch():
+def test_gather_from_step_yields_batches_of_epoch():
     loader = make(mixup=0.4, num_classes=7)
     loader.set_epoch(2)
     batches = list(loader)
@@ -521,7 +521,7 @@ def test_gather_from_a_step_on_makes_batches_of_the_epoch():
     assert equal(list(resumed), batches[4:])
 
 
-def test_gather_is_tensor_operations_alone():
+def test_gather_uses_only_tensor_operations():
     """What a captured graph replays: a trace of one step in one epoch gives every other, once the
     epoch is drawn.
     """
@@ -592,7 +592,7 @@ def test_fifty_epochs_take_no_more_memory_than_ten():
     assert resident_bytes() - before < 8 * 2**20
 
 
-def test_make_loader_says_what_does_not_go_together(tmp_path):
+def test_make_loader_with_conflicting_options_is_refused(tmp_path):
     digits = open_dataset("digits")
     with pytest.raises(ConfigError, match="unknown loader 'residnt'; did you mean 'resident'"):
         make_loader(digits, "train", 8, loader="residnt")
@@ -604,7 +604,7 @@ def test_make_loader_says_what_does_not_go_together(tmp_path):
         make_loader(list_files(tmp_path), "train", 2, loader="resident")
 
 
-def test_a_new_loader_is_one_module_and_one_line(tmp_path, monkeypatch):
+def test_new_loader_is_one_module_and_one_registry_entry(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     resident = {"resident": "fastokd.data.resident"}
     monkeypatch.setattr("fastokd.data.loader._loaders.targets", resident)
@@ -622,7 +622,7 @@ def test_a_new_loader_is_one_module_and_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_a_captured_graph_replays_other_steps_and_epochs():
+def test_captured_graph_replays_other_steps_and_epochs():
     settings = {"views": 2, "mixup": 0.4, "cutmix": 1.0, "num_classes": 7}
     loader = make(device="cuda", **settings)
     loader.set_epoch(0)
@@ -647,7 +647,7 @@ def test_a_captured_graph_replays_other_steps_and_epochs():
 
 
 @pytest.mark.gpu
-def test_cuda_gives_the_cpu_batches_without_making_the_host_wait():
+def test_cuda_batches_equal_cpu_without_synchronization():
     for train in (True, False):
         settings = {"views": 2, "mixup": 0.4, "cutmix": 1.0, "num_classes": 7}
         loader = make(train=train, device="cuda", **settings)

@@ -111,7 +111,7 @@ def tree(tmp_path_factory):
         ("torchvision", {"options": {"workers": 0}}),
     ],
 )
-def test_every_loader_yields_each_image_once_with_its_class(tree, name, options, world_size):
+def test_loaders_yield_each_image_once_with_its_class(tree, name, options, world_size):
     if name == "dali":
         pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
     dataset = (open_dataset if name == "resident" else list_files)(tree, image_size=16)
@@ -137,7 +137,7 @@ def test_every_loader_yields_each_image_once_with_its_class(tree, name, options,
 
 
 @pytest.mark.parametrize("make", [*LOADERS.values(), dali_alone])
-def test_evaluated_pictures_are_those_that_pillow_makes(golden, make):
+def test_evaluation_images_match_pillow(golden, make):
     wrong = {}
     for i, got in enumerate(evaluated(make, golden)):
         difference = np.abs(got.permute(1, 2, 0).numpy() - by_pillow(golden.path(i)))
@@ -147,7 +147,7 @@ def test_evaluated_pictures_are_those_that_pillow_makes(golden, make):
     assert not wrong
 
 
-def test_dali_and_torchvision_evaluate_alike(golden):
+def test_dali_and_torchvision_evaluation_images_agree(golden):
     assert torch.equal(evaluated(dali, golden), evaluated(torchvision, golden))
     difference = (evaluated(dali_alone, golden) - evaluated(torchvision, golden)).abs()
     assert difference.max() <= 1.01
@@ -155,7 +155,7 @@ def test_dali_and_torchvision_evaluate_alike(golden):
 
 
 @pytest.mark.parametrize("make", [dali, dali_alone])
-def test_dali_and_torchvision_train_on_the_same_windows(tmp_path, make):
+def test_dali_and_torchvision_use_same_crop_windows(tmp_path, make):
     split = write_split(tmp_path, 40)
     ours = make(split, 20, True, size=(48, 48), augment=CROP)
     for epoch in range(2):

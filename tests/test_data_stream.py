@@ -70,7 +70,7 @@ def test_training_divides_epoch_among_ranks_and_drops_rest(split, make, world_si
 
 
 @each_loader
-def test_every_epoch_visits_every_image_in_another_order(split, make):
+def test_epochs_visit_all_images_in_different_orders(split, make):
     loader = make(split, COUNT, True)
     orders = []
     for epoch in range(3):
@@ -81,14 +81,14 @@ def test_every_epoch_visits_every_image_in_another_order(split, make):
     assert orders[0] != sorted(orders[0])
 
 
-def test_both_loaders_visit_the_same_images_in_the_same_order(split):
+def test_dali_and_torchvision_have_same_order(split):
     assert indices(LOADERS["dali"](split, 4, True, seed=3)) == indices(
         torchvision(split, 4, True, seed=3)
     )
 
 
 @each_loader
-def test_batches_depend_on_seed_and_epoch_alone(split, make):
+def test_batches_depend_only_on_seed_and_epoch(split, make):
     first, second, other = (make(split, 7, True, seed=seed) for seed in (1, 1, 2))
     assert equal(list(first), list(second))
     assert indices(first) != indices(other)
@@ -107,7 +107,7 @@ def test_batches_depend_on_seed_and_epoch_alone(split, make):
 
 @each_loader
 @pytest.mark.parametrize("augment", [CROP, Augment(pad=3, flip=True)])
-def test_ranks_threads_workers_and_prefetching_change_no_pixel(split, make, augment):
+def test_ranks_threads_and_workers_do_not_change_pixels(split, make, augment):
     whole = list(make(split, 12, True, augment=augment))
     for world_size in (2, 3):
         ranks = [
@@ -123,7 +123,7 @@ def test_ranks_threads_workers_and_prefetching_change_no_pixel(split, make, augm
             assert torch.equal(batch.index, torch.cat([part.index for part in parts]))
 
 
-def test_threads_and_prefetching_of_dali_change_no_pixel(split):
+def test_dali_threads_and_prefetching_do_not_change_pixels(split):
     make = LOADERS["dali"]
     loader = make(split, 4, True)
     from fastokd.data.dali import DaliOptions
@@ -134,7 +134,7 @@ def test_threads_and_prefetching_of_dali_change_no_pixel(split):
     )
 
 
-def test_worker_processes_change_no_pixel_and_outlive_epochs(split):
+def test_workers_do_not_change_pixels_and_persist(split):
     want = torchvision(split, 4, True)
     loader = torchvision(split, 4, True, options=TorchvisionOptions(workers=2))
     for epoch in range(2):
@@ -172,7 +172,7 @@ def test_resumed_epoch_continues_with_remaining_images(split, make, train):
 
 
 @each_loader
-def test_an_epoch_may_be_continued_by_another_number_of_ranks(split, make):
+def test_epoch_resumes_with_other_rank_count(split, make):
     loader = make(split, 6, True)
     whole = list(loader)
     running = iter(loader)
@@ -184,7 +184,7 @@ def test_an_epoch_may_be_continued_by_another_number_of_ranks(split, make):
         assert torch.equal(batch.images, torch.cat([part.images for part in parts]))
 
 
-def test_a_state_of_other_data_seed_or_batch_size_is_refused(split):
+def test_state_of_other_data_seed_or_batch_size_is_refused(split):
     loader = torchvision(split, 4, True)
     state = {"epoch": 0, "position": 8, "seed": 0, "size": COUNT}
     for change, said in (
@@ -200,7 +200,7 @@ def test_a_state_of_other_data_seed_or_batch_size_is_refused(split):
 
 
 @each_loader
-def test_a_broken_off_epoch_leaves_nothing_behind(split, make):
+def test_aborted_epoch_does_not_affect_next(split, make):
     loader = make(split, 4, True)
     whole = list(loader)
     for taken in (1, 3):
@@ -220,7 +220,7 @@ def test_a_broken_off_epoch_leaves_nothing_behind(split, make):
 @each_loader
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_images_are_normalised_in_the_wanted_layout(split, make, dtype, memory_format):
+def test_images_are_normalized_in_requested_layout(split, make, dtype, memory_format):
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
     levels = {
         i: image
@@ -242,7 +242,7 @@ def test_images_are_normalised_in_the_wanted_layout(split, make, dtype, memory_f
 
 
 @each_loader
-def test_training_batches_are_written_into_the_steps_buffer(split, make):
+def test_training_batches_are_written_to_step_buffer(split, make):
     loader, out = (
         make(split, 4, True),
         torch.empty((4, 3, 32, 32)).to(memory_format=torch.channels_last),
@@ -258,7 +258,7 @@ def test_training_batches_are_written_into_the_steps_buffer(split, make):
 
 
 @each_loader
-def test_the_size_of_training_images_changes_between_epochs(split, make):
+def test_set_size_changes_training_images_between_epochs(split, make):
     loader = make(split, 4, True)
     whole = list(loader)
     loader.set_size(20)
@@ -296,7 +296,7 @@ def test_set_size_other_than_size_of_buffer_is_refused(split, make):
     assert next(iter(loader)).images.shape == (4, 3, 20, 20)
 
 
-def test_one_pipeline_of_dali_lasts_as_long_as_the_size(split, monkeypatch):
+def test_dali_pipeline_is_rebuilt_only_on_size_change(split, monkeypatch):
     loader, built = dali(split, 4, True), []
     build = loader._build
     monkeypatch.setattr(
@@ -309,7 +309,7 @@ def test_one_pipeline_of_dali_lasts_as_long_as_the_size(split, monkeypatch):
     assert built == [(32, 32), (20, 20)]
 
 
-def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
+def test_gpu_without_index_is_current_gpu(monkeypatch):
     from fastokd.data.dali import gpu_number
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
@@ -321,7 +321,7 @@ def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
     ]
 
 
-def test_dalis_threads_leave_cores_to_what_else_works(monkeypatch):
+def test_dali_threads_leave_cores_for_other_work(monkeypatch):
     from fastokd.data import dali
 
     for cores, alone, beside in ((1, 1, 1), (2, 1, 2), (4, 3, 4), (5, 4, 3), (16, 15, 14)):
@@ -344,7 +344,7 @@ def test_views_are_crops_of_the_same_images(split, make):
 
 @each_loader
 @pytest.mark.parametrize("alphas", [{"mixup": 0.4}, {"cutmix": 1.0}], ids=str)
-def test_mixed_images_are_mixed_as_their_targets_say(split, make, alphas):
+def test_mixed_images_match_their_targets(split, make, alphas):
     seen = 0
     for plain, mixed in zip(
         make(split, 6, True), make(split, 6, True, num_classes=3, **alphas), strict=True
@@ -366,7 +366,7 @@ def test_mixed_images_are_mixed_as_their_targets_say(split, make, alphas):
 
 
 @each_loader
-def test_pad_and_flip_move_the_fitted_picture(split, make):
+def test_pad_and_flip_shift_the_resized_image(split, make):
     plain = {
         i: image
         for batch in make(split, COUNT, False, augment=Augment())
@@ -390,7 +390,7 @@ def test_pad_and_flip_move_the_fitted_picture(split, make):
     assert {flipped for _, _, flipped in moves} == {False, True}
 
 
-def test_windows_are_drawn_as_torchvision_draws_them():
+def test_crop_windows_match_torchvision_distribution():
     scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
     torch.manual_seed(0)
     for width, height in ((500, 375), (100, 300), (64, 64)):
@@ -413,7 +413,7 @@ def test_windows_are_drawn_as_torchvision_draws_them():
 
 
 @pytest.mark.parametrize(("width", "height"), [(300, 10), (10, 300), (1, 1), (1, 9), (2, 1)])
-def test_pictures_that_no_window_fits_give_their_centre(width, height):
+def test_window_of_extreme_image_shapes_is_valid(width, height):
     ratio = (3 / 4, 4 / 3)
     for row in candidates(uniforms(1, 0, 0, 50), (0.9, 1.0), ratio):
         top, left, h, w = window(row, height, width, ratio)
@@ -427,7 +427,7 @@ def test_pictures_that_no_window_fits_give_their_centre(width, height):
             assert (top, left, h, w) == tuple(theirs)
 
 
-def test_numbers_belong_to_a_place_whatever_is_drawn_with_them():
+def test_uniforms_depend_only_on_seed_epoch_and_position():
     whole = uniforms(7, 3, 0, 40)
     assert np.array_equal(whole[11:23], uniforms(7, 3, 11, 12))
     assert not np.array_equal(whole, uniforms(7, 4, 0, 40))
@@ -453,18 +453,18 @@ def test_numbers_belong_to_a_place_whatever_is_drawn_with_them():
         (lambda: {"options": TorchvisionOptions(start_method="frok")}, "did you mean 'fork'"),
     ],
 )
-def test_settings_out_of_range(split, settings, said):
+def test_settings_out_of_range_are_refused(split, settings, said):
     with pytest.raises(ConfigError, match=said):
         torchvision(split, train=True, **{"batch_size": 4, **settings()})
 
 
-def test_fewer_images_than_one_batch(split):
+def test_fewer_images_than_one_batch_are_refused(split):
     with pytest.raises(DataError, match="use --batch-size 14 or less"):
         torchvision(split, 15, True, rank=0, world_size=2)
 
 
 @each_loader
-def test_memory_stays_flat_over_fifty_epochs(split, make):
+def test_memory_is_constant_over_fifty_epochs(split, make):
     loader = make(split, 8, True, size=(96, 96))  # 2.7 MB of images an epoch
     resident = []
     for epoch in range(50):

@@ -51,7 +51,7 @@ def folder(path):
     ],
 )
 @pytest.mark.parametrize("train", [True, False])
-def test_a_bad_picture_stops_the_run_with_its_name(tmp_path, make, damage, reason, train):
+def test_corrupt_image_stops_the_run_and_is_named(tmp_path, make, damage, reason, train):
     split = write_split(tmp_path, COUNT)
     damage(tmp_path / split.files[9])
     with pytest.raises(DataError) as caught:
@@ -90,7 +90,7 @@ def test_corrupt_image_is_replaced_by_next_of_its_class(tmp_path, make):
         assert "truncated" in loader.replaced[9].lower()
 
 
-def test_both_loaders_replace_alike_and_so_do_workers(tmp_path):
+def test_loaders_and_workers_replace_the_same_images(tmp_path):
     split = write_split(tmp_path, COUNT)
     truncate(tmp_path / split.files[COUNT - 1])  # the last of its class: the next one is its first
     loaders = [
@@ -105,7 +105,7 @@ def test_both_loaders_replace_alike_and_so_do_workers(tmp_path):
 
 
 @each_loader
-def test_too_many_bad_pictures_stop_the_run(tmp_path, make):
+def test_too_many_corrupt_images_stop_the_run(tmp_path, make):
     split = write_split(tmp_path, COUNT)
     for i in (3, 4, 15):
         truncate(tmp_path / split.files[i])
@@ -114,7 +114,7 @@ def test_too_many_bad_pictures_stop_the_run(tmp_path, make):
 
 
 @each_loader
-def test_a_class_without_a_good_picture_stops_the_run(tmp_path, make, monkeypatch):
+def test_class_without_valid_image_stops_the_run(tmp_path, make, monkeypatch):
     monkeypatch.setattr("fastokd.data.stream.MAX_REPLACED", 0.5)
     split = write_split(tmp_path, COUNT, classes=8)
     for i in (2, 10, 18):
@@ -124,7 +124,7 @@ def test_a_class_without_a_good_picture_stops_the_run(tmp_path, make, monkeypatc
 
 
 @each_loader
-def test_evaluation_replaces_nothing(tmp_path, make):
+def test_evaluation_does_not_replace_corrupt_images(tmp_path, make):
     split = write_split(tmp_path, COUNT)
     truncate(tmp_path / split.files[9])
     with pytest.raises(DataError, match=r"009\.jpg"):
@@ -132,7 +132,7 @@ def test_evaluation_replaces_nothing(tmp_path, make):
 
 
 @each_loader
-def test_a_loader_goes_on_after_a_bad_picture_was_mended(tmp_path, make):
+def test_loader_works_after_corrupt_image_is_repaired(tmp_path, make):
     split = write_split(tmp_path, COUNT)
     content = (tmp_path / split.files[9]).read_bytes()
     truncate(tmp_path / split.files[9])
@@ -145,7 +145,7 @@ def test_a_loader_goes_on_after_a_bad_picture_was_mended(tmp_path, make):
 
 @each_loader
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_is_named(tmp_path, make):
+def test_file_without_permission_is_named(tmp_path, make):
     split = write_split(tmp_path, COUNT)
     (tmp_path / split.files[9]).chmod(0)
     with pytest.raises(DataError, match=r"009\.jpg \(Permission denied\)"):
@@ -168,7 +168,7 @@ def archived(root, split) -> FileSplit:
 
 
 @each_loader
-def test_archives_give_the_same_batches_as_files(tmp_path, make):
+def test_archive_batches_equal_file_batches(tmp_path, make):
     split = write_split(tmp_path, COUNT)
     for train in (True, False):
         for batch, want in zip(
@@ -190,7 +190,7 @@ def test_corrupt_image_and_missing_archive_are_named(tmp_path, make):
         list(make(packed, 6, True))
 
 
-def test_a_missing_dali_names_the_install(tmp_path, monkeypatch):
+def test_missing_dali_names_the_extra(tmp_path, monkeypatch):
     from fastokd.data.dali import DaliLoader
 
     split = write_split(tmp_path, 4)
@@ -222,14 +222,14 @@ def test_format_unknown_to_dali_is_refused_before_decoding(tmp_path):
         ({"width_hint": -1}, "width_hint=-1"),
     ],
 )
-def test_dali_options_out_of_range(options, said):
+def test_dali_options_out_of_range_are_refused(options, said):
     from fastokd.data.dali import DaliOptions
 
     with pytest.raises(ConfigError, match=said):
         DaliOptions(**options)
 
 
-def test_decoding_on_a_gpu_needs_a_step_on_a_gpu(tmp_path):
+def test_gpu_decoding_with_cpu_step_is_refused(tmp_path):
     pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
     from fastokd.data.dali import DaliOptions
 

@@ -55,7 +55,7 @@ def run(config, folder, **changes) -> Trainer:
     return trainer
 
 
-def test_images_have_the_scheduled_sizes_and_targets_are_mixed(tmp_path, monkeypatch):
+def test_images_follow_resize_schedule_and_targets_are_mixed(tmp_path, monkeypatch):
     trainer = run(CONFIG, tmp_path / "run")
     seen, evaluated = [], []
     step, measure = trainer.step.__class__.__call__, trainer.step.measure
@@ -82,7 +82,7 @@ def test_images_have_the_scheduled_sizes_and_targets_are_mixed(tmp_path, monkeyp
     )
 
 
-def test_a_resumed_run_ends_as_a_straight_one(tmp_path):
+def test_resumed_run_equals_uninterrupted_run(tmp_path):
     config = dataclasses.replace(CONFIG, epochs=2, resize_schedule={0: 6, 1: 7}, ramp_epochs=2)
     straight = run(config, tmp_path / "straight")
     straight.run()
@@ -97,7 +97,7 @@ def test_a_resumed_run_ends_as_a_straight_one(tmp_path):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_the_loader_says_why(tmp_path, capsys):
+def test_loader_choice_reports_reason(tmp_path, capsys):
     code = cli.main(
         [
             "train",
@@ -147,13 +147,13 @@ class TestChoice:
             explain_loader(config, dataset, torch.device("cpu")),
         )
 
-    def test_small_images_that_fit_are_resident(self, tmp_path):
+    def test_small_images_use_resident_loader(self, tmp_path):
         name, dataset, line = self.choose(make_tree(tmp_path))
         assert (name, dataset.image_size) == ("resident", (8, 8))
         assert line == "loader resident: the images are small and fit in memory; kept on cpu"
 
     @pytest.mark.parametrize(("size", "free"), [((8, 8), 3000), ((200, 300), 2**40)])
-    def test_others_are_read_while_training(self, tmp_path, monkeypatch, size, free):
+    def test_large_images_use_streaming_loader(self, tmp_path, monkeypatch, size, free):
         monkeypatch.setattr("fastokd.train.data.available_memory", lambda: free)
         name, dataset, line = self.choose(make_tree(tmp_path, size))
         assert name in ("dali", "torchvision")
@@ -161,7 +161,7 @@ class TestChoice:
         assert line.startswith(f"loader {name}: the images are large or too many for memory")
 
     @pytest.mark.parametrize("size", [(8, 8), (200, 300)])
-    def test_the_files_are_listed_once(self, tmp_path, monkeypatch, size):
+    def test_open_data_lists_files_once(self, tmp_path, monkeypatch, size):
         make_tree(tmp_path, size)
         listed, real_scan = [], os.scandir
         monkeypatch.setattr(
@@ -177,7 +177,7 @@ class TestChoice:
             "val/dog",
         ]
 
-    def test_faster_loaders_that_cannot_run_are_named(self, tmp_path, monkeypatch):
+    def test_unavailable_faster_loaders_are_named(self, tmp_path, monkeypatch):
         there = loader._loaders.targets
         monkeypatch.setattr(
             loader._loaders,
@@ -193,7 +193,7 @@ class TestChoice:
         assert name == "torchvision"
         assert line.endswith("decoded while training; toy cannot run (no cpu for it)")
 
-    def test_a_run_keeps_its_choice(self, tmp_path, monkeypatch):
+    def test_loaded_run_keeps_loader_choice(self, tmp_path, monkeypatch):
         config = dataclasses.replace(
             CONFIG,
             data=str(make_tree(tmp_path / "tree")),
@@ -212,7 +212,7 @@ class TestChoice:
         assert loaded.dataset.image_size == (8, 8)
 
 
-def test_bad_images_stop_or_are_replaced_as_configured(tmp_path, capsys):
+def test_corrupt_images_stop_or_are_replaced_as_configured(tmp_path, capsys):
     make_tree(tmp_path / "tree")
     (tmp_path / "tree" / "train" / "cat" / "1.png").write_bytes(b"")
     arguments = [
@@ -251,12 +251,12 @@ def test_bad_images_stop_or_are_replaced_as_configured(tmp_path, capsys):
         ({"resize_schedule": {0: 2}}, "sizes of at least 4 pixels"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_with_the_reason(changes, message):
+def test_incompatible_settings_are_refused_with_reason(changes, message):
     with pytest.raises(ConfigError, match=message):
         check_config(dataclasses.replace(CONFIG, **changes))
 
 
-def test_what_is_kept_for_each_image_does_not_go_with_mixed_ones():
+def test_per_image_state_with_mixing_is_refused():
     tsb = dataclasses.replace(CONFIG, method="tsb", branches=None)
     with pytest.raises(
         ConfigError, match=r"mixup=0\.4 and method 'tsb': it stores predictions of each image"

@@ -53,7 +53,7 @@ def test_table_is_the_mean_and_deviation_of_the_last_epochs(demo, capsys):
         assert (demo / "curves" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch, capsys):
+def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["demo", "--out", str(tmp_path / "out")]) == 2
     assert "drawing needs matplotlib: pip install 'fastokd[plots]'" in capsys.readouterr().err

@@ -79,7 +79,7 @@ def test_running_statistics_are_averaged(ranks):
             assert torch.equal(found["together"][name], ranks[0]["together"][name])
 
 
-def test_agreement_is_seen_one_call_later(ranks):
+def test_agreement_is_returned_one_call_later(ranks):
     for found in ranks:
         assert found["agreed"] == [0, 0, 3, 0, 2, 0]  # what is raised with 2 is dropped
         assert found["settled"] == [1, 0]
@@ -97,7 +97,7 @@ def test_sum_counts_with_an_empty_process(ranks):
     assert sum_counts({"branch1": torch.tensor(3)}, 4) == ({"branch1": 3}, 4)
 
 
-def test_out_of_memory_in_one_process_is_seen_by_all(ranks):
+def test_out_of_memory_in_one_process_is_reported_to_all(ranks):
     """None waits in the step for gradients of the one that has left it."""
     for found in ranks:
         assert found["fits"] == [True] * (len(ranks) - 1) + [False]

@@ -292,7 +292,7 @@ def test_torchrun_restarts_a_killed_worker(folder, tmp_path):
     assert_same_run(run.out, ended(folder, "command"))
 
 
-def test_two_nodes(folder, tmp_path):
+def test_two_nodes_train_together(folder, tmp_path):
     """Two agents of torchrun with one process each meet on the loopback interface."""
     agents = [
         Command(

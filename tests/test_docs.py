@@ -191,7 +191,7 @@ def run_block(block: Block) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:ResNet has 1000 classes")
-def test_commands_and_snippets(workplace, monkeypatch):
+def test_commands_and_snippets_run(workplace, monkeypatch):
     """In one folder and one process, in the order of the pages, so that a run serves all that look
     at it.
     """
@@ -255,7 +255,7 @@ class Understood(Exception):
 @pytest.mark.parametrize(
     "block", LEFT_OUT, ids=lambda block: f"{block.where} ({block.mark.removeprefix('not run: ')})"
 )
-def test_what_is_not_run_is_sound(block, monkeypatch):
+def test_skipped_commands_are_valid(block, monkeypatch):
     """Its options exist, its values are allowed, its recipes and files are there."""
 
     def begin(settings, *others):
@@ -352,7 +352,7 @@ def test_make_targets_and_extras_exist():
     } <= set(extras)
 
 
-def test_documents_have_no_holes():
+def test_documents_have_no_placeholders_or_dead_links():
     for path in [*PAGES, ROOT / "CHANGELOG.md"]:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"@[A-Z]+@|\bTODO\b|\bTBD\b", text), path
@@ -382,7 +382,7 @@ def test_citation_and_issue_templates():
         assert asked["doctor"]["validations"]["required"], form["name"]
 
 
-def test_the_site_is_built_and_needs_no_other_server(tmp_path):
+def test_site_builds_without_external_resources(tmp_path):
     pytest.importorskip("material", reason="the site needs pip install 'fastokd[docs]'")
     pytest.importorskip("mkdocstrings", reason="the site needs pip install 'fastokd[docs]'")
     done = subprocess.run(

@@ -67,11 +67,11 @@ def pictures(tmp_path_factory):
     return root
 
 
-def test_own_loop():
+def test_own_loop_example_learns():
     assert last_percentage(run_here("own_loop.py", "--epochs", 5)) > 85  # ten classes
 
 
-def test_own_method(tmp_path):
+def test_own_method_example_trains(tmp_path):
     assert "T=3, teacher detached" in run("own_method.py", "show", "consensus")
     run(
         "own_method.py",
@@ -245,7 +245,7 @@ def test_export_onnx(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("shorter", [{}, {"shorter_side": 32}])
-def test_export_onnx_of_a_record_of_an_early_version(shorter, pictures):
+def test_export_onnx_example_reads_early_record(shorter, pictures):
     pytest.importorskip("onnxruntime", reason="needs pip install 'fastokd[export]'")
     given = []
     session = SimpleNamespace(
@@ -263,7 +263,7 @@ def test_export_onnx_of_a_record_of_an_early_version(shorter, pictures):
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_every_example_says_what_it_shows_and_is_run_here(path):
+def test_examples_have_usage_and_a_test(path):
     text = path.read_text(encoding="utf-8")
     assert f"python examples/{path.name}" in text or f"examples/{path.name} --" in text
     assert re.search(

@@ -21,23 +21,23 @@ INTERPRETED = 100
 
 
 @pytest.mark.skipif(STATE is not None, reason=f"the cpu executor cannot run: {STATE}")
-def test_cpu_on_the_catalog():
+def test_cpu_on_catalog_matches_reference():
     shapes = executor_properties.CATALOG_SHAPES + executor_properties.MORE_SHAPES
     assert executor_properties.check_catalog("cpu", shapes=shapes) >= 48 * 10
 
 
 @pytest.mark.skipif(STATE is not None, reason=f"the cpu executor cannot run: {STATE}")
-def test_cpu_on_random_graphs():
+def test_cpu_on_random_graphs_matches_reference():
     assert executor_properties.check_random("cpu", WANTED) == WANTED
 
 
-def test_the_operator_on_random_graphs():
+def test_operator_on_random_graphs_matches_reference():
     assert executor_properties.check_random(opaque_executor.register(), WANTED) == WANTED
 
 
 @pytest.mark.skipif(INTERPRETER is not None, reason=str(INTERPRETER))
 @pytest.mark.parametrize("wanted", [INTERPRETED, pytest.param(WANTED, marks=pytest.mark.grid)])
-def test_triton_interpreter(wanted):
+def test_triton_interpreter_matches_reference(wanted):
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",

@@ -180,7 +180,7 @@ def stock_network(path):
 
 
 @pytest.mark.parametrize("name", [*FORMATS, *TWINS])
-def test_the_library_it_is_for_gets_the_students_logits(request, images, name):
+def test_export_in_its_library_has_student_logits(request, images, name):
     folder = request.getfixturevalue("twin_run" if name in TWINS else "run")
     network, expected = stock_network(file_of(folder, name)), trained_logits(folder, images)
     start = 0
@@ -203,7 +203,7 @@ def test_the_library_it_is_for_gets_the_students_logits(request, images, name):
 
 
 @pytest.mark.parametrize("name", [*FORMATS, *TWINS])
-def test_one_record_in_the_file_and_beside_it(request, name):
+def test_record_in_file_equals_json_next_to_it(request, name):
     folder = request.getfixturevalue("twin_run" if name in TWINS else "run")
     path = file_of(folder, name)
     record = json.loads(read_metadata(path))
@@ -251,7 +251,7 @@ def test_one_record_in_the_file_and_beside_it(request, name):
     assert record["export"]["tolerance"] == (0 if path.suffix == ".safetensors" else 1e-4)
 
 
-def test_onnx_is_one_sound_file(run):
+def test_onnx_is_one_valid_file(run):
     import onnx
 
     path = file_of(run, "onnx")
@@ -275,7 +275,7 @@ def test_onnx_is_one_sound_file(run):
 
 
 @pytest.mark.parametrize("name", ["onnx", "torch-export"])
-def test_no_path_of_this_machine_is_in_a_file(run, name):
+def test_exported_files_contain_no_local_paths(run, name):
     blob = file_of(run, name).read_bytes()
     parts = (
         [blob]
@@ -308,7 +308,7 @@ def mistake(result, code, pattern):
 
 
 @pytest.mark.parametrize("name", [*FORMATS, *TWINS])
-def test_eval_measures_a_file_again(request, capsys, name):
+def test_eval_of_exported_file_reproduces_accuracy(request, capsys, name):
     folder = request.getfixturevalue("twin_run" if name in TWINS else "run")
     said = f"{100 * json.loads((folder / 'summary.json').read_text())['last']['branch1']:.2f}"
     code, out, err = call(
@@ -325,7 +325,7 @@ def test_export_to_unknown_format_lists_the_formats(run, capsys):
     assert f"--to: invalid choice 'torchscrpt' (choices: {', '.join(list_formats())});" in err
 
 
-def test_another_branch(run, images, tmp_path, capsys):
+def test_export_of_other_branch_has_its_logits(run, images, tmp_path, capsys):
     for branch in ("2", "branch2"):
         code, out, _ = call(
             capsys, "export", run, "--branch", branch, "--out", tmp_path, "--device", "cpu"
@@ -359,7 +359,7 @@ def test_another_branch(run, images, tmp_path, capsys):
         )
 
 
-def test_what_is_in_the_way_is_left_alone(run, tmp_path, capsys):
+def test_export_does_not_overwrite_other_files(run, tmp_path, capsys):
     shutil.copy(file_of(run, "safetensors"), tmp_path)
     mistake(
         call(capsys, "export", run, "--branch", "2", "--out", tmp_path),
@@ -386,7 +386,7 @@ def test_what_is_in_the_way_is_left_alone(run, tmp_path, capsys):
     assert (tmp_path / "student.safetensors").stat().st_ino != before
 
 
-def test_run_with_other_learning_rate_is_another_run(run, tmp_path, capsys):
+def test_export_of_run_with_other_lr_does_not_overwrite(run, tmp_path, capsys):
     other = tmp_path / "other"
     assert (
         main(
@@ -418,7 +418,7 @@ def test_run_with_other_learning_rate_is_another_run(run, tmp_path, capsys):
     ).read_bytes()
 
 
-def test_a_run_stays_the_same_run(run, tree, tmp_path, capsys):
+def test_export_of_continued_or_moved_run_is_replaced(run, tree, tmp_path, capsys):
     """Trained on, moved, and exported with other images for the check: its earlier export is
     replaced.
     """
@@ -438,7 +438,7 @@ def test_a_run_stays_the_same_run(run, tree, tmp_path, capsys):
     assert before["provenance"]["run"] == after["provenance"]["run"]
 
 
-def test_a_network_is_found_whatever_its_spelling(twin_run, tmp_path, capsys):
+def test_export_finds_network_of_any_spelling(twin_run, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(twin_run, folder)
     config = (folder / "config.yaml").read_text()
@@ -456,7 +456,7 @@ def test_a_network_is_found_whatever_its_spelling(twin_run, tmp_path, capsys):
     }
 
 
-def test_a_peer_is_found_by_its_own_name(tmp_path, capsys):
+def test_export_finds_library_peer_by_name(tmp_path, capsys):
     folder = tmp_path / "run"
     assert (
         main(
@@ -510,7 +510,7 @@ def test_torchvision_export_omits_auxiliary_classifiers(run, tmp_path, name):
         assert torch.equal(stock.eval()(batch.images), student(batch.images))
 
 
-def test_a_network_that_the_library_has_not(run, capsys):
+def test_network_unknown_to_library_is_refused(run, capsys):
     for library in TWINS:
         mistake(
             call(capsys, "export", run, "--to", library),
@@ -529,7 +529,9 @@ def test_a_network_that_the_library_has_not(run, capsys):
         ("timm", "timm", "timm"),
     ],
 )
-def test_a_missing_package_is_named(twin_run, tmp_path, capsys, monkeypatch, module, to, extra):
+def test_missing_package_names_the_extra(
+    twin_run, tmp_path, capsys, monkeypatch, module, to, extra
+):
     monkeypatch.setitem(sys.modules, module, None)
     mistake(
         call(capsys, "export", twin_run, "--to", to, "--out", tmp_path),
@@ -539,7 +541,7 @@ def test_a_missing_package_is_named(twin_run, tmp_path, capsys, monkeypatch, mod
     assert not list(tmp_path.iterdir())
 
 
-def test_eval_without_onnxruntime(run, capsys, monkeypatch):
+def test_eval_without_onnxruntime_names_the_extra(run, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     mistake(
         call(capsys, "eval", file_of(run, "onnx"), "--data", "digits"),
@@ -548,7 +550,7 @@ def test_eval_without_onnxruntime(run, capsys, monkeypatch):
     )
 
 
-def test_full_disk_leaves_nothing(run, tmp_path, capsys, monkeypatch):
+def test_full_disk_leaves_no_file(run, tmp_path, capsys, monkeypatch):
     def refuse(_):
         raise OSError(28, "No space left on device")
 
@@ -592,7 +594,7 @@ def test_eval_needs_no_training_images(run, tree, tmp_path, capsys, layout):
     assert f"355 {'digits' if layout == 'classes' else layout} images" in out
 
 
-def test_evaluation_images_that_do_not_do(run, tree, tmp_path, capsys):
+def test_unsuitable_evaluation_images_are_refused(run, tree, tmp_path, capsys):
     path = file_of(run, "safetensors")
     (tmp_path / "train").mkdir()
     mistake(call(capsys, "eval", path, "--data", tmp_path), 3, r"only train/ exists")
@@ -627,7 +629,7 @@ def test_evaluation_images_that_do_not_do(run, tree, tmp_path, capsys):
     )
 
 
-def test_a_height_that_is_no_width(run, tree, tmp_path, capsys):
+def test_eval_images_of_other_size_are_refused(run, tree, tmp_path, capsys):
     student, record = load_student(run)
     record["preprocessing"]["image_size"] = [8, 12]
     write_student(tmp_path / "student.safetensors", student, record)
@@ -649,7 +651,7 @@ def loader():
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_format_that_loses_something_is_not_written(run, tmp_path, monkeypatch, loader, name):
+def test_format_with_changed_logits_is_not_written(run, tmp_path, monkeypatch, loader, name):
     student, record = load_student(run)
     form = get_format(name)
     made = {}
@@ -672,7 +674,9 @@ def test_a_format_that_loses_something_is_not_written(run, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_a_twin_of_another_make_is_not_written(twin_run, tmp_path, capsys, monkeypatch):
+def test_library_network_of_other_architecture_is_not_written(
+    twin_run, tmp_path, capsys, monkeypatch
+):
     import torchvision.models
 
     mistake(
@@ -728,14 +732,14 @@ class FrozenBatch(nn.Module):
         return self.fc(x.reshape(2, 192))
 
 
-def test_a_frozen_batch_size_is_not_written(run, tmp_path, loader):
+def test_fixed_batch_size_is_not_written(run, tmp_path, loader):
     _, record = load_student(run)
     with pytest.raises(CheckpointError, match="resnet8 cannot be written as torch-export"):
         export_student(FrozenBatch(), record, "torch-export", tmp_path, loader)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_network_that_cannot_be_followed(run, tmp_path, loader):
+def test_untraceable_network_is_refused(run, tmp_path, loader):
     class Moody(nn.Module):
         def forward(self, x):
             return x.flatten(1)[:, :10] if x.sum() > 0 else x.flatten(1)[:, 1:11]
@@ -750,7 +754,7 @@ def test_a_network_that_cannot_be_followed(run, tmp_path, loader):
         export_student(Moody(), record, "onxx", tmp_path, loader)
 
 
-def test_comparison_counts(loader):
+def test_comparison_counts_images(loader):
     student = create_student("resnet8", 10).eval()
     off = create_student("resnet8", 10).eval()
     off.load_state_dict(student.state_dict())
@@ -776,7 +780,7 @@ def test_comparison_counts(loader):
 # --------------------------------------------------------------------------------------------------
 
 
-def test_wrappers_leave_no_trace(run, tmp_path, loader):
+def test_wrappers_are_removed_from_export(run, tmp_path, loader):
     from torch.optim.swa_utils import AveragedModel
 
     student, record = load_student(run)
@@ -817,7 +821,7 @@ def test_only_wrappers_are_stripped():
 
 @pytest.mark.parametrize("keep", [0, 7, 300, 0.5, -1])
 @pytest.mark.parametrize("name", FORMATS)
-def test_cut_short(run, tmp_path, capsys, name, keep):
+def test_truncated_file_is_refused(run, tmp_path, capsys, name, keep):
     path, blob = tmp_path / FILES[name], file_of(run, name).read_bytes()
     path.write_bytes(blob[: int(keep * len(blob)) if isinstance(keep, float) else keep])
     mistake(
@@ -827,7 +831,7 @@ def test_cut_short(run, tmp_path, capsys, name, keep):
     )
 
 
-def test_a_changed_byte(run, tmp_path, capsys):
+def test_file_with_changed_byte_is_refused(run, tmp_path, capsys):
     path, blob = tmp_path / "student.pt2", bytearray(file_of(run, "torch-export").read_bytes())
     blob[len(blob) // 3] ^= 1
     path.write_bytes(blob)
@@ -855,7 +859,7 @@ def foreign(path, run):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_foreign(run, tmp_path, capsys, name):
+def test_foreign_file_is_refused(run, tmp_path, capsys, name):
     path = tmp_path / FILES[name]
     foreign(path, run)
     mistake(
@@ -866,7 +870,7 @@ def test_foreign(run, tmp_path, capsys, name):
     )
 
 
-def test_a_checkpoint_is_no_export(run, capsys):
+def test_eval_of_checkpoint_file_is_refused(run, capsys):
     mistake(
         call(capsys, "eval", run / "checkpoints" / "last.pt", "--data", "digits"),
         4,
@@ -874,7 +878,7 @@ def test_a_checkpoint_is_no_export(run, capsys):
     )
 
 
-def test_a_file_under_another_name(run, tmp_path, capsys):
+def test_eval_of_wrongly_named_file_is_refused(run, tmp_path, capsys):
     (tmp_path / "student.torchscript.pt").write_bytes(b"")
     mistake(
         call(capsys, "eval", tmp_path / "student.torchscript.pt", "--data", "digits"),
@@ -889,7 +893,7 @@ def test_a_file_under_another_name(run, tmp_path, capsys):
     )
 
 
-def test_a_folder_of_several_asks_which(run, tmp_path, capsys):
+def test_folder_with_several_exports_is_refused(run, tmp_path, capsys):
     mistake(
         call(capsys, "eval", run / "export", "--data", "digits"),
         4,
@@ -996,7 +1000,7 @@ def with_tensors(run, path, change):
         ),
     ],
 )
-def test_weights_and_records_that_do_not_fit(run, tmp_path, change, message):
+def test_weights_unlike_record_are_refused(run, tmp_path, change, message):
     path = with_tensors(run, tmp_path / "student.safetensors", change)
     with pytest.raises(CheckpointError, match=message) as caught:
         load_student(path)
@@ -1039,7 +1043,7 @@ class Evil:
         "custom object",
     ],
 )
-def test_a_program_with_a_pickle_in_it_is_refused(run, tmp_path, capsys, where):
+def test_program_with_pickle_is_refused(run, tmp_path, capsys, where):
     buffer = io.BytesIO()
     torch.save((Evil(tmp_path / "written"),), buffer)
     changes = {where: buffer.getvalue()}
@@ -1064,7 +1068,7 @@ def test_a_program_with_a_pickle_in_it_is_refused(run, tmp_path, capsys, where):
     assert not (tmp_path / "written").exists()
 
 
-def test_a_name_that_is_in_an_archive_twice(run, tmp_path, capsys):
+def test_archive_with_duplicate_name_is_refused(run, tmp_path, capsys):
     shutil.copy(file_of(run, "torch-export"), tmp_path / "student.pt2")
     with (
         pytest.warns(UserWarning, match="Duplicate name"),
@@ -1077,7 +1081,7 @@ def test_a_name_that_is_in_an_archive_twice(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_name_that_is_in_an_archive_in_another_case(run, tmp_path, capsys, first):
+def test_archive_names_differing_in_case_are_refused(run, tmp_path, capsys, first):
     """PyTorch looks names up without regard to case: another spelling of a file that was looked at
     could be what it reads.
     """
@@ -1105,7 +1109,7 @@ def test_a_name_that_is_in_an_archive_in_another_case(run, tmp_path, capsys, fir
     assert not (tmp_path / "written").exists()
 
 
-def test_pytorch_is_given_what_was_looked_at(run, tmp_path, capsys, monkeypatch):
+def test_pytorch_reads_only_checked_archive_content(run, tmp_path, capsys, monkeypatch):
     """What Python's reader skips and another might not, such as bytes before the archive, does not
     get to PyTorch.
     """
@@ -1120,7 +1124,7 @@ def test_pytorch_is_given_what_was_looked_at(run, tmp_path, capsys, monkeypatch)
     assert read_archive(tmp_path / "given.pt2") == read_archive(file_of(run, "torch-export"))
 
 
-def test_an_untouched_archive_passes_the_rewriting(run, tmp_path, capsys):
+def test_unchanged_rewritten_archive_is_accepted(run, tmp_path, capsys):
     rewrite(file_of(run, "torch-export"), tmp_path / "student.pt2", {})
     assert call(capsys, "eval", tmp_path, "--data", "digits")[0] == 0
 
@@ -1129,7 +1133,7 @@ def test_an_untouched_archive_passes_the_rewriting(run, tmp_path, capsys):
 # --------------------------------------------------------------------------------------------------
 
 
-def test_snippets_of_the_page(run, twin_run, images, tmp_path, monkeypatch, capsys):
+def test_page_snippets_run(run, twin_run, images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "export").mkdir()
     for folder in (run, twin_run):
@@ -1159,7 +1163,7 @@ def test_snippets_of_the_page(run, twin_run, images, tmp_path, monkeypatch, caps
     assert capsys.readouterr().out.strip() == str(int(expected[run].argmax()))
 
 
-def test_the_page_frames_a_picture_as_the_run_did(run, tmp_path, monkeypatch):
+def test_page_snippet_preprocesses_like_the_run(run, tmp_path, monkeypatch):
     """After random resized crops a picture is scaled further than to what is cut of it."""
     import onnx
     from torchvision import transforms
@@ -1196,7 +1200,7 @@ def test_the_page_frames_a_picture_as_the_run_did(run, tmp_path, monkeypatch):
     assert set(preprocessing) == set(re.findall(r"`(\w+)`", row)) - {"preprocessing"}
 
 
-def test_the_page_lists_the_formats():
+def test_page_lists_all_formats():
     rows = re.findall(r"^\| `([\w-]+)`[^|]*\| `(student[\w.]+)` \|", DOCS, flags=re.MULTILINE)
     assert dict(rows) == FILES
     assert [name for name, _ in rows] == list_formats()
@@ -1214,7 +1218,7 @@ def test_open_export_runs_any_format(run, images):
         assert not runtime.run(images[:5]).requires_grad
 
 
-def test_any_branch_is_built_again_from_the_layout():
+def test_create_student_from_layout_fits_every_branch():
     layout = {"method": "ahbf", "num_branches": 3, "aux_blocks": 2}
     model = create_model("resnet8", num_classes=10, **layout)
     for branch in range(3):

@@ -24,7 +24,7 @@ CONFIG = TrainConfig(
 )
 
 
-def test_worked_classifier_diversity():
+def test_classifier_diversity_matches_worked_values():
     """|W1 W2^T| of the printed matrices is 10, |W1^T W2| (the paper's order, for W as features x
     classes) is 13.
     """
@@ -46,7 +46,7 @@ def test_worked_classifier_diversity():
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("detach", [False, True])
-def test_loss_and_every_gradient_equal_the_equations(detach, impl):
+def test_loss_and_gradients_match_formula(detach, impl):
     """Feature maps are given; from there on, classifiers, fusion module and loss are those of the
     oracle.
 
@@ -122,7 +122,7 @@ def test_loss_and_every_gradient_equal_the_equations(detach, impl):
     )  # no cross-entropy on the fusion
 
 
-def test_fusion_is_over_the_auxiliaries_and_the_leader_is_kept():
+def test_ffm_fuses_auxiliaries_and_exports_leader():
     model = create_model("resnet8", "ffm", 10, 4).eval()
     result = model(torch.randn(5, 3, 16, 16))
     assert result.extras["fusion_weights"].shape == (5, 3)
@@ -151,7 +151,7 @@ def test_fusion_is_over_the_auxiliaries_and_the_leader_is_kept():
         (nn.Sequential(nn.Conv2d(6, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), (5, 6)),
     ],
 )
-def test_the_classifier_is_found(head, shape):
+def test_classifier_weight_of_head_has_shape(head, shape):
     assert classifier_weight(head, 5).shape == shape
 
 
@@ -162,12 +162,12 @@ def test_the_classifier_is_found(head, shape):
         (nn.Sequential(nn.Conv2d(6, 5, 3), nn.Flatten()), "5 classes, and the network has no such"),
     ],
 )
-def test_a_network_without_one_is_refused(head, message):
+def test_classifier_weight_without_classifier_is_refused(head, message):
     with pytest.raises(ValueError, match=message):
         classifier_weight(head, 5)
 
 
-def test_classifiers_that_do_not_fit_are_named():
+def test_ffm_loss_with_wrong_classifiers_is_refused():
     rows, weights = torch.randn(3, 2, 4), torch.full((2, 2), 0.5)
     for classifiers in (
         (),
@@ -197,14 +197,14 @@ def test_classifiers_that_do_not_fit_are_named():
         ({"gamma": 1}, 4, "unknown option 'gamma' of method 'ffm'"),
     ],
 )
-def test_wrong_options_are_named(options, branches, message):
+def test_wrong_options_are_refused(options, branches, message):
     with pytest.raises(ConfigError, match=message):
         check_config(
             TrainConfig(method="ffm", model="resnet8", branches=branches, method_options=options)
         )
 
 
-def test_wrong_fusion_channels_are_named():
+def test_wrong_fusion_channels_are_refused():
     with pytest.raises(
         ConfigError, match=r"fusion_channels=1\.5; it must be an integer of at least 0"
     ):
@@ -221,12 +221,12 @@ def test_reductions_other_than_the_mean_need_no_diversity():
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_a_step_lowers_the_loss(network):
+def test_step_lowers_the_loss(network):
     before, after = losses_of_a_step("ffm", network, 3, fusion_channels=16)
     assert after < before
 
 
-def test_a_run_resumes_exactly_and_keeps_the_leader(tmp_path):
+def test_run_resumes_exactly_and_exports_leader(tmp_path):
     trainer = check_resume(CONFIG, tmp_path, few_digits())
     check_student(trainer, "resnet8", "leader")
     assert list(trainer.last) == ["branch1", "branch2", "leader", "fusion", "ensemble"]
@@ -243,6 +243,6 @@ def test_a_run_resumes_exactly_and_keeps_the_leader(tmp_path):
     assert record["loss"] == pytest.approx(weighted, rel=1e-5)
 
 
-def test_ramp_up_is_that_of_okddip():
+def test_ramp_up_length_equals_okddip():
     assert TrainConfig(method="ffm", epochs=300).ramp_length() == 80
     assert dataclasses.replace(CONFIG, ramp_epochs=5).ramp_length() == 5

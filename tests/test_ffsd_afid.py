@@ -134,7 +134,7 @@ def test_ffsd_loss_adds_its_terms_with_their_weights():
     assert "ce/leader" in terms
 
 
-def test_ffsd_of_an_empty_batch_is_0():
+def test_ffsd_loss_of_empty_batch_is_zero():
     maps = FFSDMaps(**as_tensors(empty(random_maps(2))))
     rows = [torch.zeros(0, 4, dtype=torch.float64)] * 4
     loss, terms = FFSDLoss()(
@@ -149,7 +149,7 @@ def test_ffsd_of_an_empty_batch_is_0():
     loss.backward()
 
 
-def test_shifted_map():
+def test_shifted_map_matches_worked_values():
     features = np.random.default_rng(1).normal(size=(3, 4, 3, 3))
     np.testing.assert_allclose(
         shifted_map(torch.tensor(features)).numpy(), oracle.shifted_map(features), rtol=1e-12
@@ -211,7 +211,7 @@ def check_modules(got, formula, leaves):
         )
 
 
-def test_ffsd_s_modules_and_every_gradient():
+def test_ffsd_modules_and_gradients_match_formula():
     """Three students and a leader, of three stages: 2 channels of 7 x 7, 2 of 4 x 4, 3 of 2 x 2."""
     channels, sizes = (2, 2, 3), [(7, 7), (4, 4), (2, 2)]
     peers = [
@@ -269,7 +269,7 @@ def test_ffsd_s_modules_and_every_gradient():
     )
 
 
-def test_ffsd_sizes():
+def test_ffsd_parameter_counts_match_official_code():
     """The official code's counts for ResNet-32, two students and 100 classes."""
     model = create_model("resnet32", "ffsd", 100)
     parts = model.companion
@@ -278,7 +278,7 @@ def test_ffsd_sizes():
     assert count_parameters(model) == 1_489_920
 
 
-def test_ffsd_trains_its_parts_as_the_official_code_does():
+def test_ffsd_optimizer_settings_match_official_code():
     config = TrainConfig(model="resnet8", method="ffsd", weight_decay=1e-4, lr=0.1)
     model = create_model("resnet8", "ffsd", 4)
     optimizers = TrainStep(config, model, torch.device("cpu")).optimizers
@@ -311,7 +311,7 @@ def test_ffsd_map_terms_ramp_up_over_five_epochs():
 
 
 @pytest.mark.parametrize("method", ["ffsd", "afid"])
-def test_nothing_of_the_teachers_reaches_another_part(method):
+def test_ffsd_teacher_gradients_do_not_reach_other_parts(method):
     """FFSD detaches between its parts: a student learns nothing from the leader's cross-entropy,
     nor from the head's.
     """
@@ -324,7 +324,7 @@ def test_nothing_of_the_teachers_reaches_another_part(method):
     assert chosen.needs_index is False
 
 
-def test_networks_that_ffsd_and_afid_cannot_compare():
+def test_ffsd_and_afid_refuse_incompatible_networks():
     with pytest.raises(ConfigError, match=r"method 'ffsd' .*they must be one network; name one"):
         create_model("resnet8,resnet8,resnet110", "ffsd", 4)
     with pytest.raises(ConfigError, match=r"method 'afid' .* their last stages 64 and 256"):
@@ -361,7 +361,7 @@ def sigmoid(value):
     return 1 / (1 + np.exp(-value))
 
 
-def test_afid_exchange():
+def test_afid_exchange_matches_loops():
     """Each map weighted by where the other looks, both from the values before, by loops."""
     torch.manual_seed(0)
     exchange = Exchange(32).double()
@@ -393,7 +393,7 @@ def test_afid_exchange():
         np.testing.assert_allclose(result.detach().numpy(), want, rtol=1e-12)
 
 
-def test_afid_s_networks_and_every_gradient():
+def test_afid_networks_and_gradients_match_formula():
     """Exchange, bodies, exchange, heads; the fusion head reads the maps before the second exchange,
     and trains them.
     """
@@ -426,7 +426,7 @@ def test_afid_s_networks_and_every_gradient():
     check_modules(got, lambda p: modules.afid((p["x0"], p["x1"]), p), {**leaves, **parameters})
 
 
-def test_afid_s_student_needs_both_and_computes_the_same():
+def test_afid_student_has_both_networks_and_equal_logits():
     model = create_model("resnet8", "afid", 4)
     x = torch.randn(6, 3, 16, 16)
     model(x)  # batch norm has seen a batch
@@ -450,7 +450,7 @@ def test_afid_s_student_needs_both_and_computes_the_same():
     )
 
 
-def test_afid_preset_code_has_the_authors_eps():
+def test_afid_code_preset_has_official_eps():
     assert {term.eps for term in AFIDLoss.preset("code").graph.terms if hasattr(term, "eps")} == {
         1e-7
     }

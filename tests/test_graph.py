@@ -171,7 +171,7 @@ INVALID = {
 
 
 @pytest.mark.parametrize("case", INVALID)
-def test_a_broken_rule_is_named(case: str) -> None:
+def test_invalid_graph_names_broken_rule(case: str) -> None:
     nodes, terms, said = INVALID[case]
     with pytest.raises(GraphError) as caught:
         Graph("wrong", nodes, terms)
@@ -180,7 +180,7 @@ def test_a_broken_rule_is_named(case: str) -> None:
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, NAN])
-def test_label_smoothing_must_be_a_share(value: float) -> None:
+def test_label_smoothing_out_of_range_is_refused(value: float) -> None:
     with pytest.raises(GraphError, match=f"'wrong' has label_smoothing={value}"):
         Graph("wrong", (A,), (CE,), value)
 
@@ -242,7 +242,7 @@ def test_term_weights_are_not_part_of_the_plan() -> None:
     assert lower(ahbf_graph(lambda_ta=4.0)) == lower(ahbf_graph(lambda_ta=0.5))
 
 
-def test_plan_says_what_its_nodes_are() -> None:
+def test_plan_describes_its_nodes() -> None:
     graph = Graph(
         "g",
         (A, X, Mixture("u", ("a",), (1.0,)), ProbabilityMixture("h", ("u",), (1.0,))),
@@ -362,7 +362,7 @@ def test_drawing_as_text_shows_every_kind_and_option() -> None:
         assert part in text
 
 
-def test_mermaid_drawing() -> None:
+def test_mermaid_drawing_shows_nodes_and_edges() -> None:
     lines = draw_mermaid(ahbf_graph(2)).splitlines()
     assert lines[0] == "flowchart LR"
     assert '  n0_branch1["branch1"]' in lines
@@ -381,7 +381,7 @@ def boxes_of(picture: ElementTree.Element) -> list[tuple[float, ...]]:
 
 @given(random_graphs())
 @settings(max_examples=50, deadline=None)
-def test_svg_drawing_has_every_node_and_edge_in_sight(graph: Graph) -> None:
+def test_svg_drawing_shows_every_node_and_edge(graph: Graph) -> None:
     picture = ElementTree.fromstring(draw_svg(graph))
     boxes = boxes_of(picture)
     assert len(boxes) == len(graph.nodes)
@@ -425,7 +425,7 @@ def test_svg_drawing_takes_any_name() -> None:
     assert "<a> & b" in "".join(picture.itertext())
 
 
-def test_mermaid_keeps_awkward_names_apart() -> None:
+def test_mermaid_distinguishes_similar_names() -> None:
     graph = Graph(
         "g",
         (Logits("z-1"), Logits("z_1"), Logits("label"), Logits('a "b"')),
@@ -438,6 +438,6 @@ def test_mermaid_keeps_awkward_names_apart() -> None:
     assert "[\"a 'b'\"]" in drawn
 
 
-def test_graph_room_does_not_import_torch() -> None:
+def test_graph_package_does_not_import_torch() -> None:
     code = "import sys, fastokd.graph; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

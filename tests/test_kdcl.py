@@ -33,7 +33,7 @@ def weights_of(rows, target):
     return lowest_cross_entropy_weights(rows, target).numpy()
 
 
-def test_worked_linear():
+def test_linear_weights_match_worked_values():
     # The optimum is a vertex, met exactly.
     assert weights_of(Z[:2], LABEL) == pytest.approx(np.array([[1.0, 0.0]]), abs=1e-12)
     pair = [
@@ -46,7 +46,7 @@ def test_worked_linear():
     assert cross_entropy(mixed, LABEL.numpy())[0] == pytest.approx(0.368981, abs=PRINTED)
 
 
-def test_worked_general():
+def test_general_weights_match_worked_values():
     assert error_correlation_weights(
         torch.tensor([[0.04, 0.01], [0.01, 0.09]])
     ).tolist() == pytest.approx([0.727273, 0.272727], abs=PRINTED)
@@ -59,7 +59,7 @@ def test_worked_general():
     assert error_correlation_weights(torch.zeros(2, 2)).tolist() == [0.5, 0.5]
 
 
-def test_worked_teachers_through_the_loss():
+def test_loss_teachers_match_worked_values():
     _, terms = KDCLLoss(3, "naive")(Z, LABEL, return_terms=True)
     assert terms["kl/teacher->branch3"].item() == pytest.approx(0, abs=1e-12)
     z = [row.numpy() for row in Z]
@@ -79,7 +79,7 @@ def test_worked_teachers_through_the_loss():
     st.booleans(),
     st.integers(0, 999),
 )
-def test_linear_is_at_the_minimum(count, classes, scale, kind, soft, seed):
+def test_linear_weights_are_optimal(count, classes, scale, kind, soft, seed):
     random = np.random.default_rng(seed)
     base, own = random.normal(size=(8, 1, classes)), random.normal(size=(8, count, classes))
     rows = scale * {"free": own, "alike": base + 1e-3 * own, "equal": base + 0 * own}[kind]
@@ -99,7 +99,7 @@ def test_linear_is_at_the_minimum(count, classes, scale, kind, soft, seed):
 
 
 @pytest.mark.parametrize("count", [2, 3, 6])
-def test_linear_is_at_the_minimum_of_logits_in_the_hundreds(count):
+def test_linear_weights_of_large_logits_are_optimal(count):
     """There the cross-entropy is almost piecewise linear, and without the cooling 16 steps end 100
     times as far off.
     """
@@ -110,7 +110,7 @@ def test_linear_is_at_the_minimum_of_logits_in_the_hundreds(count):
     assert (gap <= 1e-9 * (1 + np.ptp(rows, axis=(1, 2)))).all()
 
 
-def test_linear_beats_a_grid():
+def test_linear_weights_have_lower_loss_than_grid():
     """Without the certificate: all mixtures of three rows in steps of 1/200."""
     random = np.random.default_rng(5)
     rows, labels = 3 * random.normal(size=(6, 3, 7)), random.integers(7, size=6)
@@ -138,7 +138,7 @@ def test_linear_beats_a_grid():
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_loss_and_gradients_equal_the_equations(variant, impl):
+def test_loss_and_gradients_match_formula(variant, impl):
     random = np.random.default_rng(3)
     z = [2 * random.normal(size=(5, 6)) for _ in range(3)]
     target = random.integers(6, size=5)
@@ -201,7 +201,7 @@ def test_soft_targets_and_half_precision(variant):
         ([0, 1, 2, 3], "target must be a tensor, got list"),
     ],
 )
-def test_wrong_targets_are_named(target, message):
+def test_wrong_targets_are_refused(target, message):
     """Where the target is used before the graph sees it."""
     rows = list(torch.randn(2, 4, 6))
     with pytest.raises((TypeError, ValueError), match=message):
@@ -222,7 +222,7 @@ def test_held_out_labels_as_probabilities():
     assert torch.equal(labels.teacher_weights, probabilities.teacher_weights)
 
 
-def test_the_teacher_s_weights_are_not_rounded_with_the_networks():
+def test_teacher_weights_stay_float64_on_dtype_change():
     criterion = KDCLLoss(2, "general")
     before = torch.tensor([1 / 3, 2 / 3], dtype=torch.float64)
     criterion.teacher_weights.copy_(before)
@@ -233,7 +233,7 @@ def test_the_teacher_s_weights_are_not_rounded_with_the_networks():
     assert criterion.to("meta", torch.half).teacher_weights.device.type == "meta"
 
 
-def test_ensemble_is_the_mean_of_predictions():
+def test_ensemble_is_mean_of_predictions():
     """Two rows whose mean logits and whose mean predictions name different classes."""
     rows = [torch.tensor([[0.0, 8.0, -40.0]]), torch.tensor([[1.0, -20.0, 0.0]])]
     assert sum(rows).argmax() == 0
@@ -260,12 +260,12 @@ def test_ensemble_is_the_mean_of_predictions():
         ({"iccl": True}, "unknown option 'iccl' of method 'kdcl'; did you mean 'icl'"),
     ],
 )
-def test_wrong_options_are_named(options, message):
+def test_wrong_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         check_config(TrainConfig(method="kdcl", model="resnet8", method_options=options))
 
 
-def test_layouts_that_cannot_be():
+def test_invalid_layouts_are_refused():
     with pytest.raises(ConfigError, match="'linear' solves for the weights of at most 6 networks"):
         check_config(
             TrainConfig(
@@ -277,7 +277,7 @@ def test_layouts_that_cannot_be():
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_a_step_lowers_the_loss(network):
+def test_step_lowers_the_loss(network):
     before, after = losses_of_a_step("kdcl", network, 2, variant="linear")
     assert after < before
 
@@ -287,7 +287,7 @@ CONFIG = TrainConfig(
 )
 
 
-def test_every_network_sees_a_view_of_its_own(tmp_path):
+def test_networks_get_separate_views(tmp_path):
     few = few_digits(64)
     for icl in (True, False):
         trainer = make(
@@ -331,7 +331,7 @@ def test_kdcl_general_resumes_exactly_without_held_out_images(tmp_path):
     assert loaded.evaluate(trainer.eval_loader) == trainer.last
 
 
-def test_weights_follow_the_networks_before_every_epoch(tmp_path):
+def test_weights_are_updated_before_every_epoch(tmp_path):
     trainer = make(
         dataclasses.replace(CONFIG, method_options={"variant": "general", "held_out": 0.25}),
         tmp_path / "run",
@@ -360,7 +360,7 @@ def test_weights_follow_the_networks_before_every_epoch(tmp_path):
 
 
 @pytest.mark.gpu
-def test_linear_equals_the_cpu_and_waits_for_nothing():
+def test_linear_on_gpu_equals_cpu_without_synchronization():
     rows = [3 * torch.randn(16, 10, generator=torch.Generator().manual_seed(k)) for k in range(3)]
     target = torch.arange(16) % 10
     there = [row.cuda() for row in rows], target.cuda()

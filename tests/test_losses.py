@@ -153,7 +153,7 @@ def test_ahbf_defaults_are_paper_preset() -> None:
     )
 
 
-def test_preset_with_overrides_takes_them() -> None:
+def test_preset_with_overrides_uses_them() -> None:
     criterion = AHBFLoss.preset("code", 3, temperature=2.0, detach_teacher=True, reduction="sum")
     assert (
         criterion.num_branches,
@@ -265,7 +265,7 @@ def test_terms_are_unweighted_batch_means(reduction: str) -> None:
     )
 
 
-def test_edge_without_weight_is_no_term() -> None:
+def test_edge_with_zero_weight_adds_no_term() -> None:
     batch = Batch(2)
     _, terms = AHBFLoss(2, lambda_ta=0.0)(
         batch.logits, batch.labels, scores=batch.scores, return_terms=True

@@ -17,7 +17,7 @@ def test_pages_are_current(capsys):
     assert code == 0, capsys.readouterr().err
 
 
-def test_a_stale_and_a_missing_page_are_noticed(tmp_path, monkeypatch, capsys):
+def test_stale_and_missing_pages_are_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(method_pages, "FOLDER", tmp_path)
     for path, block in generated().items():
         path.write_text(f"before\n{block}\nafter\n", encoding="utf-8")
@@ -37,7 +37,7 @@ def test_a_stale_and_a_missing_page_are_noticed(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", list_methods())
-def test_a_page_shows_what_the_command_line_shows(name, capsys):
+def test_page_matches_show_command(name, capsys):
     text = (FOLDER / f"{name}.md").read_text(encoding="utf-8")
     for preset in get_method(name).loss_class.presets:
         assert fastokd(["show", name, "--preset", preset]) == 0
@@ -47,7 +47,7 @@ def test_a_page_shows_what_the_command_line_shows(name, capsys):
 
 
 @pytest.mark.parametrize("name", list_methods())
-def test_every_option_is_explained(name):
+def test_page_describes_every_option(name):
     """The table's meanings come from the declarations of the options."""
     rows = [line for line in page(get_method(name)) if line.startswith("| `")]
     assert rows
@@ -60,6 +60,6 @@ def test_recipes_that_pages_name_exist():
             assert name in list_recipes(), f"{path}: {name}"
 
 
-def test_only_the_generated_part_is_replaced():
+def test_page_with_replaces_only_generated_part():
     block = f"{START}\nnew\n{END}"
     assert page_with(f"a\n{START}\nold\n{END}\nb\n", block) == f"a\n{block}\nb\n"

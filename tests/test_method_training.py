@@ -52,7 +52,7 @@ TOTALS = [
 
 
 @pytest.mark.parametrize(("name", "method", "changes", "totals"), TOTALS)
-def test_number_of_training_parameters(name, method, changes, totals):
+def test_training_parameter_count_matches_reference(name, method, changes, totals):
     """The published code's, four branches, 10 and 100 classes."""
     with torch.device("meta"):
         for num_classes, total in zip((10, 100), totals, strict=True):
@@ -61,12 +61,12 @@ def test_number_of_training_parameters(name, method, changes, totals):
 
 
 @pytest.mark.parametrize("method", ["okddip", "independent", "dml", "cl_ilr", "one", "kd"])
-def test_kept_network(method):
+def test_kept_branch_is_last_only_for_okddip(method):
     model = create_model("resnet8", method, 5)
     assert model.kept == (model.num_branches - 1 if method == "okddip" else 0)
 
 
-def test_peers_of_different_width():
+def test_okddip_peers_of_different_width_are_refused():
     """DML takes any; OKDDip's peers share a projection, its leader is free."""
     assert create_model("resnet8,resnet110", "dml", 5).num_branches == 2
     create_model("resnet8,resnet8,resnet110", "okddip", 5, topology="peers")
@@ -277,7 +277,7 @@ def test_run_resume_and_student_of_each_method(name, tmp_path, digits, teacher_r
     assert measure_accuracy(student, straight.eval_loader) == measured[kept]
 
 
-def test_first_lines_of_a_run(tmp_path, digits, teacher_run, capsys):
+def test_run_prints_teacher_and_loss_terms(tmp_path, digits, teacher_run, capsys):
     run = RunFolder.create(tmp_path / "run")
     trainer = Trainer(settings("kd", teacher_run, epochs=1), run, Reporter(), digits)
     trainer.start()

@@ -104,7 +104,7 @@ def test_extra_terms_use_the_same_backward_pass(impl):
         ),
     ],
 )
-def test_inputs_that_are_missing_or_unknown_are_named(call, given, message):
+def test_missing_or_unknown_loss_inputs_are_named(call, given, message):
     rows = torch.randn(2, 3, 5, requires_grad=True)
     batch = (rows,) if call == "named_rows" else (rows, torch.tensor([0, 1, 2]))
     with pytest.raises(TypeError) as caught:
@@ -112,7 +112,7 @@ def test_inputs_that_are_missing_or_unknown_are_named(call, given, message):
     assert str(caught.value) == message
 
 
-def test_a_type_error_of_a_loss_s_own_stays_as_it_is():
+def test_type_error_inside_loss_is_unchanged():
     with pytest.raises(TypeError, match="bad operand type for unary"):
         NegativeLoss()(torch.randn(2, 3, 5), torch.tensor([0, 1, 2]), pull="x")
 
@@ -124,7 +124,7 @@ def test_terms_outside_the_graph_are_means():
         PullLoss(reduction="sum")
 
 
-def test_peers_are_whole_networks_in_their_order(monkeypatch):
+def test_peers_are_complete_networks_in_given_order(monkeypatch):
     monkeypatch.setattr(factory, "get_method", lambda name: peers(kept=-1))
     model = create_model("resnet8,resnet14", "baseline", 5).eval()
     assert (model.names, model.name, model.num_branches, model.trunk) == (
@@ -166,13 +166,13 @@ def test_peers_are_whole_networks_in_their_order(monkeypatch):
         ("resnet8,resent14", {}, "unknown model 'resent14'"),
     ],
 )
-def test_layouts_that_cannot_be(monkeypatch, name, given, message):
+def test_invalid_layouts_are_refused(monkeypatch, name, given, message):
     monkeypatch.setattr(factory, "get_method", lambda method: peers())
     with pytest.raises(ConfigError, match=message):
         create_model(name, "baseline", 5, **given)
 
 
-def test_a_companion_sees_the_pass_and_can_change_it(monkeypatch):
+def test_companion_observes_and_changes_forward_pass(monkeypatch):
     class Watch(MethodModules):
         def __init__(self, layout) -> None:
             super().__init__()
@@ -230,7 +230,7 @@ def test_network_that_method_cannot_train_is_refused(monkeypatch):
         create_model("resnet8", "ahbf", 5)
 
 
-def test_one_s_gate_sees_the_trunk():
+def test_one_gate_reads_the_trunk():
     """The OKDDip repository's totals for ONE with four branches."""
     assert count_parameters(create_model("resnet32", "one", 10, 4)) == 1_529_988
     assert count_parameters(create_model("resnet32", "one", 100, 4)) == 1_553_388

@@ -70,7 +70,7 @@ def warm(module, batch=None):
         ("resnet110", 1_147_738),
     ],
 )
-def test_plain_networks(name, parameters):
+def test_plain_networks_have_published_size(name, parameters):
     student = create_student(name, 10)
     assert type(student) is CifarResNet
     assert count_parameters(student) == parameters
@@ -88,7 +88,7 @@ def test_plain_networks(name, parameters):
     assert student.eval()(images(2)).shape == (2, 10)
 
 
-def test_forward_flops_leaves_the_module_alone():
+def test_forward_flops_does_not_change_module():
     model = create_model("resnet8")
     before = copy.deepcopy(model.state_dict())
     forward_flops(model, CIFAR)
@@ -100,7 +100,7 @@ def test_forward_flops_leaves_the_module_alone():
 # ---- initial weights
 
 
-def test_initial_weights():
+def test_initial_weights_match_definition():
     """Convolutions Kaiming-normal by fan-out (std sqrt(2 / (k^2 out))), batch norms 1 and 0, the
     gates alike.
     """
@@ -129,7 +129,7 @@ def test_initial_weights():
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
-def test_student_of_one_seed_starts_alike_with_any_teachers(name, layout):
+def test_student_initialization_depends_only_on_seed(name, layout):
     def start(build):
         torch.manual_seed(3)
         return build().state_dict()
@@ -145,7 +145,7 @@ def test_student_of_one_seed_starts_alike_with_any_teachers(name, layout):
 
 @pytest.mark.parametrize("num_branches", range(2, 9))
 @pytest.mark.parametrize("aux_blocks", range(6))
-def test_shapes(num_branches, aux_blocks):
+def test_model_outputs_have_shapes(num_branches, aux_blocks):
     model = create_model("resnet8", num_classes=7, num_branches=num_branches, aux_blocks=aux_blocks)
     assert model.num_branches == num_branches
     assert [len(branch.body.layer3) for branch in model.branches] == [
@@ -173,7 +173,7 @@ def test_baseline_is_one_branch_without_gates():
     assert (len(result.logits), len(result.features), result.scores) == (1, 1, ())
 
 
-def test_a_method_chooses_depth_gates_and_the_kept_branch(monkeypatch):
+def test_method_selects_depth_gates_and_kept_branch(monkeypatch):
     """Peers of equal depth, no gates, and the last branch kept: the layout of methods with a
     leader.
     """
@@ -196,7 +196,7 @@ def test_default_is_four_branches_with_four_auxiliary_blocks():
     ]
 
 
-def test_branches_compute_what_their_plain_networks_compute():
+def test_branches_equal_their_plain_networks():
     model = warm(create_model("resnet14", num_branches=3, aux_blocks=1)).eval()
     x = images()
     with torch.no_grad():
@@ -210,7 +210,7 @@ def test_branches_compute_what_their_plain_networks_compute():
 
 @pytest.mark.parametrize("block", ["BasicBlock", "Bottleneck"])
 @pytest.mark.parametrize(("in_channels", "stride"), [(16, 1), (16, 2), (64, 1), (64, 2)])
-def test_blocks_compute_what_torchvision_s_do(block, in_channels, stride):
+def test_blocks_equal_torchvision(block, in_channels, stride):
     """Same attribute names, same function; the width is such that 64 channels in and stride 1 need
     no projection.
     """
@@ -302,7 +302,7 @@ class CountedAdds(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_training_step_counts_no_batches():
+def test_training_step_counts_only_cumulative_norms():
     config = TrainConfig(
         model="torchvision:resnet18",
         at="layer4",
@@ -348,7 +348,7 @@ def test_compiles_as_one_graph(method):
 # ---- the registry and what users get wrong
 
 
-def test_asking_for_names_imports_no_family():
+def test_list_models_does_not_import_families():
     code = (
         "import sys, fastokd.models as m; assert 'resnet110' in m.list_models();"
         "sys.exit('fastokd.models.resnet_cifar' in sys.modules)"
@@ -356,7 +356,7 @@ def test_asking_for_names_imports_no_family():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_every_listed_name_builds():
+def test_listed_models_can_be_created():
     for name in list_models():
         assert create_model(name, "baseline").name == name
 
@@ -384,7 +384,7 @@ BACKBONES = {"toy": Backbone("toy", trunk, branch, PlainNetwork.join)}
 """
 
 
-def test_a_new_network_is_one_file_and_one_line(tmp_path, monkeypatch):
+def test_new_network_is_one_file_and_one_registry_entry(tmp_path, monkeypatch):
     (tmp_path / "toy_backbone_module.py").write_text(TOY)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(factory._models, "targets", dict(factory._models.targets))
@@ -432,6 +432,6 @@ def test_a_new_network_is_one_file_and_one_line(tmp_path, monkeypatch):
         (lambda: create_student("resnet8", 0), r"num_classes=0; a classifier needs"),
     ],
 )
-def test_mistakes_are_named_with_their_fix(build, message):
+def test_invalid_arguments_are_reported_with_fix(build, message):
     with pytest.raises(ConfigError, match=message):
         build()

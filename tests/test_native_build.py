@@ -52,7 +52,7 @@ def build(folder: Path, mode: str, path: str) -> tuple[int, str, dict[str, str]]
 
 @needs_checkout
 class TestBuild:
-    def test_without_cmake_the_reason_is_recorded(self, tmp_path: Path) -> None:
+    def test_build_without_cmake_records_reason(self, tmp_path: Path) -> None:
         status, output, info = build(tmp_path, "auto", str(tmp_path))
         assert status == 0, output
         assert info["status"] == "failed"
@@ -60,13 +60,13 @@ class TestBuild:
         with pytest.raises(cpu.LibraryUnusable, match="cmake not found"):
             cpu.open_library(tmp_path / "lib" / "fastokd" / "_native")
 
-    def test_skipping_is_recorded(self, tmp_path: Path) -> None:
+    def test_skipped_build_is_recorded(self, tmp_path: Path) -> None:
         status, output, info = build(tmp_path, "skip", os.environ["PATH"])
         assert status == 0, output
         assert info["status"] == "skipped"
         assert info["abi"] == cpu.ABI_VERSION
 
-    def test_requiring_it_fails_with_the_reason(self, tmp_path: Path) -> None:
+    def test_required_build_failure_reports_reason(self, tmp_path: Path) -> None:
         status, output, _ = build(tmp_path, "require", str(tmp_path))
         assert status != 0
         assert (
@@ -74,7 +74,7 @@ class TestBuild:
             in output
         )
 
-    def test_an_unknown_mode_names_the_choices(self, tmp_path: Path) -> None:
+    def test_unknown_build_mode_lists_choices(self, tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={tmp_path}"],
             cwd=ROOT,
@@ -99,12 +99,12 @@ class TestSources:
             ("rows.hpp", r"kFloor = static_cast<Real>\(([0-9.e-]+)\)", PROBABILITY_FLOOR),
         ],
     )
-    def test_agree(self, file: str, pattern: str, value: float) -> None:
+    def test_constants_agree_between_sources(self, file: str, pattern: str, value: float) -> None:
         match = re.search(pattern, (SOURCES / file).read_text(encoding="utf-8"))
         assert match is not None
         assert float(match[1]) == value
 
-    def test_no_flag_that_changes_the_process_or_ties_to_one_machine(self) -> None:
+    def test_cmake_uses_no_unsafe_compiler_flags(self) -> None:
         commands = re.sub(r"#.*", "", (ROOT / "CMakeLists.txt").read_text(encoding="utf-8"))
         for flag in ("-ffast-math", "-Ofast", "-march=native", "-fopenmp"):
             assert flag not in commands

@@ -64,7 +64,7 @@ def own_counts(model: BranchedModel) -> list[int]:
 
 
 @pytest.mark.parametrize("row", NETWORKS["parameters"], ids=row_id)
-def test_parameters(row: dict[str, Any]) -> None:
+def test_parameter_counts_match_reference(row: dict[str, Any]) -> None:
     model = shapes(row["name"], row["num_classes"], row["aux_blocks"])
     assert count_parameters(model.trunk) == row["shared"]
     assert own_counts(model) == row["own"]
@@ -76,7 +76,7 @@ def test_parameters(row: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("row", NETWORKS["compression"], ids=row_id)
-def test_parameters_in_compression(row: dict[str, Any]) -> None:
+def test_compressed_parameter_counts_match_reference(row: dict[str, Any]) -> None:
     model = shapes(row["name"], row["num_classes"], row["aux_blocks"], compression=True)
     assert count_parameters(model.trunk) == row["shared"]
     assert own_counts(model) == row["own"]
@@ -88,7 +88,7 @@ def test_parameters_in_compression(row: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("row", NETWORKS["equal"], ids=row_id)
-def test_parameters_of_equal_branches(row: dict[str, Any]) -> None:
+def test_equal_branch_parameter_counts_match_reference(row: dict[str, Any]) -> None:
     backbone = get_backbone(row["name"])
     with torch.device("meta"):
         student = create_student(row["name"], row["num_classes"])
@@ -224,7 +224,9 @@ def vgg13(aux: int) -> tuple[int, int]:
         ("vgg13", vgg13),
     ],
 )
-def test_parameters_by_hand(name: str, count: Callable[[int], tuple[int, int]]) -> None:
+def test_parameter_counts_match_manual_formula(
+    name: str, count: Callable[[int], tuple[int, int]]
+) -> None:
     model = shapes(name, 10, 4)
     counts = [count(4 * level) for level in range(4)]
     assert count_parameters(model.trunk) == counts[0][0]
@@ -244,14 +246,14 @@ def test_parameters_by_hand(name: str, count: Callable[[int], tuple[int, int]]) 
         ("mobilenetv2_x1_0", 1000, 3.5),
     ],
 )
-def test_known_sizes(name: str, num_classes: int, millions: float) -> None:
+def test_student_sizes_match_published(name: str, num_classes: int, millions: float) -> None:
     with torch.device("meta"):
         assert count_parameters(create_student(name, num_classes)) / 1e6 == pytest.approx(
             millions, abs=0.05
         )
 
 
-def test_one_more_auxiliary_block() -> None:
+def test_auxiliary_block_adds_published_size() -> None:
     """The published increments: a basic block of 64 channels, a bottleneck, a convolution of VGG;
     9.437 MFLOPs.
     """
@@ -460,7 +462,7 @@ STOCK: dict[str, tuple[Callable[[], nn.Module], bool]] = {
 
 
 @pytest.mark.parametrize("name", STOCK)
-def test_computes_what_the_stock_network_does(name: str) -> None:
+def test_network_equals_stock_implementation(name: str) -> None:
     build, same_names = STOCK[name]
     size = 32 if get_backbone(name).image_size == 32 else 64
     student, stock = trained(name, size), build().double().eval()
@@ -483,7 +485,7 @@ def test_computes_what_the_stock_network_does(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "blocks"), [("wrn16_2", 2), ("wrn16_4", 2), ("wrn28_2", 4)])
-def test_wide_resnets_compute_their_definition(name: str, blocks: int) -> None:
+def test_wide_resnets_match_definition(name: str, blocks: int) -> None:
     student, x = trained(name, 32), torch.randn(2, 3, 32, 32).double()
     with torch.no_grad():
         torch.testing.assert_close(
@@ -494,7 +496,7 @@ def test_wide_resnets_compute_their_definition(name: str, blocks: int) -> None:
         )
 
 
-def test_the_list_of_compared_networks_is_complete() -> None:
+def test_compared_networks_cover_list_models() -> None:
     compared = {
         *STOCK,
         "wrn16_2",
@@ -509,7 +511,7 @@ def test_the_list_of_compared_networks_is_complete() -> None:
     assert compared == set(list_models())
 
 
-def test_dropout_of_vgg_is_one_rule() -> None:
+def test_vgg_dropout_is_equal_in_all_branches() -> None:
     """0.5 in the baseline and in every branch; a network without is one argument away."""
 
     def rates(module: nn.Module) -> list[float]:
@@ -541,7 +543,7 @@ def test_dropout_of_vgg_is_one_rule() -> None:
         "xception",
     ],
 )
-def test_initial_weights(name: str) -> None:
+def test_initial_weights_match_definition(name: str) -> None:
     torch.manual_seed(0)
     for layer, module in create_student(name, 100).named_modules():
         if isinstance(module, nn.Conv2d):
@@ -578,7 +580,7 @@ def stages(module: nn.Module, *names: str) -> tuple[int, ...]:
     return tuple(len(module.get_submodule(name)) for name in names)
 
 
-def test_compression_takes_blocks_from_the_last_stage_first() -> None:
+def test_compression_removes_blocks_from_last_stage_first() -> None:
     resnet = shapes("resnet32", 100, 2, compression=True)
     assert [stages(branch.body, "layer2", "layer3") for branch in resnet.branches] == [
         (3, 1),
@@ -597,7 +599,7 @@ def test_compression_takes_blocks_from_the_last_stage_first() -> None:
     assert compressed_blocks((5, 5), 5, 1) == (3, 2)
 
 
-def test_compression_keeps_the_deepest_branch_and_gives_any() -> None:
+def test_compression_exports_deepest_or_any_branch() -> None:
     model = create_model(
         "resnet14", "ahbf", 5, num_branches=3, aux_blocks=1, compression=True
     ).eval()
@@ -619,7 +621,7 @@ def test_compression_keeps_the_deepest_branch_and_gives_any() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(list_models()) - {"resnet8"}))
-def test_every_network_can_be_compressed(name: str) -> None:
+def test_compressed_network_is_smaller(name: str) -> None:
     with torch.device("meta"):
         model = create_model(name, "ahbf", 10, num_branches=2, aux_blocks=1, compression=True)
         smaller, kept = own_counts(model)
@@ -667,7 +669,7 @@ def test_every_network_can_be_compressed(name: str) -> None:
         ),
     ],
 )
-def test_mistakes_are_named_with_their_fix(
+def test_invalid_arguments_are_reported_with_fix(
     build: Callable[[], object], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stock = get_backbone("resnet8")
@@ -691,7 +693,7 @@ def test_mistakes_are_named_with_their_fix(
         ("MobileNetV2 x0.5", "mobilenetv2_x0_5"),
     ],
 )
-def test_case_and_punctuation_of_a_name_do_not_matter(spelled: str, name: str) -> None:
+def test_model_name_ignores_case_and_punctuation(spelled: str, name: str) -> None:
     with torch.device("meta"):
         assert create_model(spelled, "baseline").name == name
         assert (
@@ -701,7 +703,7 @@ def test_case_and_punctuation_of_a_name_do_not_matter(spelled: str, name: str) -
     check_config(TrainConfig(model=spelled))
 
 
-def test_images_that_are_too_small() -> None:
+def test_too_small_images_are_refused() -> None:
     with torch.device("meta"):
         vgg, resnet = create_model("VGG-16"), create_model("resnet20")
     check_images(vgg, (32, 32), 32)
@@ -715,7 +717,7 @@ def test_images_that_are_too_small() -> None:
         check_images(vgg, (8, 16), 32)
 
 
-def test_a_run_in_compression_keeps_the_deepest_branch() -> None:
+def test_compression_run_exports_deepest_branch() -> None:
     config = TrainConfig(model="resnet14", branches=3, aux_blocks=1, compression=True)
     model = build_model(config, 5, torch.device("cpu"))
     assert [stages(branch.body, "layer2", "layer3") for branch in model.branches] == [

@@ -76,7 +76,7 @@ def network(request: pytest.FixtureRequest) -> Network:
 # ---- the student
 
 
-def test_any_branch_comes_out_as_a_plain_network_bit_for_bit(network: Network) -> None:
+def test_exported_branch_equals_model_branch_exactly(network: Network) -> None:
     with torch.no_grad():
         result = network.model(network.images)
         for branch, logits in enumerate(result.logits):
@@ -138,9 +138,7 @@ def channels_last(network: Network) -> Iterator[BranchedModel]:
     network.model.to(memory_format=torch.contiguous_format)
 
 
-def test_channels_last_in_and_out_without_a_copy(
-    network: Network, channels_last: BranchedModel
-) -> None:
+def test_channels_last_layers_make_no_copy(network: Network, channels_last: BranchedModel) -> None:
     seen = []
 
     def check(layer: nn.Module, given: Tensor, output: Tensor) -> None:
@@ -159,7 +157,7 @@ def test_channels_last_in_and_out_without_a_copy(
     assert all(maps.is_contiguous(memory_format=CHANNELS_LAST) for maps in result.features)
 
 
-def test_memory_format_does_not_change_what_is_computed(network: Network) -> None:
+def test_memory_format_does_not_change_results(network: Network) -> None:
     """In float64: a deep network with random weights amplifies float32's rounding."""
     double = copy.deepcopy(network.model).double()
     x = network.images[:2].double()
@@ -220,7 +218,7 @@ def test_trunk_and_branch_compile_as_one_graph_each(network: Network, fresh_comp
     ("name", "part"),
     [pytest.param("resnet8", "student", marks=pytest.mark.grid), ("shufflenetv2_x1_0", "branch")],
 )
-def test_inductor_computes_what_eager_does(name: str, part: str, fresh_compiler: None) -> None:
+def test_inductor_results_equal_eager(name: str, part: str, fresh_compiler: None) -> None:
     """A whole network, and the branch whose layers look at the memory format."""
     torch.manual_seed(0)
     model = create_model(name, "baseline", CLASSES).eval().to(memory_format=CHANNELS_LAST)

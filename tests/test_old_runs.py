@@ -18,7 +18,7 @@ def old_run(tmp_path):
     return Path(shutil.copytree(OLD_RUN, tmp_path / "run"))
 
 
-def test_old_run_resumes_as_its_version_did(old_run, capsys):
+def test_old_run_resumes_with_results_of_its_version(old_run, capsys):
     assert main(["train", "--resume", str(old_run)]) == 0
     loaded = load_run(old_run)
     record = loaded.evaluator.evaluate(loaded.loader)

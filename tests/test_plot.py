@@ -86,7 +86,7 @@ def test_lines_are_means_and_bands_are_ranges_of_the_records(sample_runs, tmp_pa
     assert "wrote 20 files" in capsys.readouterr().out
 
 
-def test_every_figure_is_a_png_and_an_svg_and_the_same_again(sample_runs, tmp_path):
+def test_figures_are_png_and_svg_and_reproducible(sample_runs, tmp_path):
     run = sample_runs / "ahbf-seed0"
     assert plot([run], tmp_path) == 0
     names = {*ROWS, "overview", "loss", "schedule", "throughput"}
@@ -103,7 +103,7 @@ def test_every_figure_is_a_png_and_an_svg_and_the_same_again(sample_runs, tmp_pa
     assert matplotlib.get_backend().lower() == "agg"  # needs no display
 
 
-def test_what_only_some_seeds_have_is_dotted_and_said(sample_runs, tmp_path, drawn, capsys):
+def test_values_of_only_some_seeds_are_dotted_and_reported(sample_runs, tmp_path, drawn, capsys):
     runs = [copied(sample_runs / f"ahbf-seed{seed}", tmp_path / f"run{seed}") for seed in (0, 1)]
     first = (runs[1] / "metrics.jsonl").read_text().splitlines()[0]
     (runs[1] / "metrics.jsonl").write_text(f"{first}\n{{")
@@ -136,9 +136,7 @@ def test_plot_of_old_records_omits_missing_values(sample_runs, tmp_path, drawn):
     assert panel(drawn, "training, images/s").get_lines()
 
 
-def test_what_cannot_be_drawn_together_is_refused_in_one_line(
-    sample_runs, tmp_path, capsys, monkeypatch
-):
+def test_plot_of_incompatible_runs_is_refused(sample_runs, tmp_path, capsys, monkeypatch):
     other = copied(sample_runs / "baseline-seed0", tmp_path / "other")
     change_json(
         other / "environment.json", lambda found: found["data"].update(fingerprint="ab" * 32)

@@ -105,7 +105,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[ptx.Program]]
 @pytest.mark.parametrize(
     "name", [HUGE[0], *(pytest.param(name, marks=pytest.mark.grid) for name in HUGE[1:])]
 )
-def test_huge_logits_are_scaled_alike_in_every_pass(
+def test_huge_logits_are_rounded_equally_in_every_pass(
     name: str, programs: Callable[[], list[ptx.Program]]
 ) -> None:
     """A logit near 1e4 must be rounded alike in every pass over its row: in one fused multiply-add.
@@ -128,7 +128,7 @@ def test_huge_logits_are_scaled_alike_in_every_pass(
     assert any(literals & {*op.operands} for op in programs()[0].code)
 
 
-def test_a_logit_far_above_the_estimated_maximum_is_found() -> None:
+def test_logit_far_above_estimated_maximum_is_handled() -> None:
     inputs = PTX.make("mutual, temperature 1", (3, 1300))
     with torch.no_grad():
         for row in inputs.logits:
@@ -271,7 +271,7 @@ def difference(found: Sequence[Tensor], original: Sequence[Tensor]) -> float:
 @pytest.mark.parametrize(
     "name", ["mutual, temperature 1", "cascade, detached", "mixed probabilities"]
 )
-def test_every_mutation_that_changes_a_result_is_caught(
+def test_mutations_that_change_results_are_detected(
     name: str, programs: Callable[[], list[ptx.Program]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Random changes of one executed instruction each.

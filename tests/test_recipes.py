@@ -59,7 +59,7 @@ def number(measure: str, values: list[float | None]) -> tuple[float | None, floa
     return mean if mean is None or measure == "error" else round(100 - mean, 2), std
 
 
-def test_published_numbers_are_those_of_the_tables():
+def test_published_numbers_match_tables():
     expected = set()
     for table in PUBLISHED:
         for name, rows in table["recipes"].items():
@@ -81,7 +81,7 @@ def test_published_numbers_are_those_of_the_tables():
     assert set(have) == expected
 
 
-def test_every_row_of_the_ahbf_tables_has_a_recipe():
+def test_ahbf_table_rows_have_recipes():
     counts = {table["source"]: sum(map(len, table["recipes"].values())) for table in PUBLISHED}
     assert {source: count for source, count in counts.items() if source.startswith("AHBF")} == {
         "AHBF Table 1": 35,
@@ -93,7 +93,7 @@ def test_every_row_of_the_ahbf_tables_has_a_recipe():
     }
 
 
-def test_what_is_reported_names_every_row():
+def test_reported_text_names_every_table_row():
     assert (
         get_recipe("cifar100-resnet32-ahbf").reported()
         == "AHBF Table 2: 25.19 +- 0.16; AHBF Table 4: 25.19; AHBF Figure 3: 25.19"
@@ -120,12 +120,12 @@ def complete(config: TrainConfig) -> TrainConfig:
     )
 
 
-def test_every_recipe_is_a_good_configuration():
+def test_recipes_are_valid_configurations():
     for recipe in ALL.values():
         check_config(complete(recipe.config))
 
 
-def test_names_say_what_is_inside():
+def test_recipe_names_match_configuration():
     assert len(ALL) == sum(len(group.recipes) for group in recipe_groups())
     for name, recipe in ALL.items():
         config, parts = recipe.config, name.split("-")
@@ -254,7 +254,7 @@ def test_recipes_in_tsb_settings_share_them():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizer_settings(name: str):
+def test_optimizer_settings_match_papers(name: str):
     check_optimizer(get_recipe(name).config, OPTIMIZERS[name])
 
 
@@ -355,7 +355,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses(name: str):
+def test_loss_settings_match_papers(name: str):
     config, (branches, ramp, expected) = complete(get_recipe(name).config), LOSSES[name]
     check = {**options(config), **config.model_options()}
     assert config.num_branches() == branches
@@ -363,7 +363,7 @@ def test_losses(name: str):
     assert {key: check[key] for key in expected} == expected
 
 
-def test_ramps_follow_the_epochs():
+def test_ramp_up_lengths_follow_epochs():
     """A shortened run has as large a part of its epochs to ramp up in, where the recipe's own
     length is the method's default.
     """
@@ -389,7 +389,7 @@ def options(config: TrainConfig) -> dict[str, Any]:
     return {**defaults, **config.loss_options()}
 
 
-def test_ahbf_studies_vary_one_thing():
+def test_ahbf_ablations_vary_one_setting():
     base, seen = get_recipe("cifar100-resnet32-ahbf").config, {}
     for name, recipe in get_group("AHBF's ablations").items():
         changed = {
@@ -417,7 +417,7 @@ def test_ahbf_studies_vary_one_thing():
     assert seen == expected
 
 
-def test_large_scale_settings_are_alike_for_both_methods():
+def test_large_scale_settings_are_equal_for_both_methods():
     for network in ("resnet18", "resnet34", "resnet50"):
         alone, ahbf = (
             get_recipe(f"imagenet-{network}-{method}-large") for method in ("baseline", "ahbf")
@@ -523,7 +523,7 @@ def test_networks_exist_and_have_the_published_size():
 # ---- what a person sees
 
 
-def test_every_field_has_a_source_or_is_a_default():
+def test_recipe_fields_have_source_or_default():
     for name, recipe in ALL.items():
         assert all(sourced.source for sourced in recipe.settings.values()), name
         plain = {
@@ -543,7 +543,7 @@ def test_every_field_has_a_source_or_is_a_default():
         "cifar100-resnet32-ffsd-official",
     ],
 )
-def test_a_printed_recipe_can_be_trained_from_a_file(
+def test_printed_recipe_is_trainable_config_file(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert cli.main(["recipes", name]) == 0
@@ -571,7 +571,7 @@ def test_recipes_are_listed_in_groups(capsys: pytest.CaptureFixture[str]):
     assert listed == {name for name in ALL if "cifar10-vgg13" in name}
 
 
-def test_an_unknown_recipe_is_told_the_closest_name():
+def test_unknown_recipe_suggests_closest_name():
     with pytest.raises(
         ConfigError,
         match=r"unknown recipe 'cifar10-resnet32-abhf'; did you mean 'cifar10-resnet32-ahbf'\?",
@@ -580,12 +580,12 @@ def test_an_unknown_recipe_is_told_the_closest_name():
     assert len(str(caught.value)) < 200  # not the names of all
 
 
-def test_every_field_can_be_overridden():
+def test_recipe_fields_can_be_overridden():
     names = {f"--{name.replace('_', '-')}" for name in DEFAULTS}
     assert names <= set(option_names(COMMANDS["train"].load([])))
 
 
-def test_an_overridden_option_leaves_the_recipe_its_others(
+def test_overridden_option_keeps_other_recipe_options(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     run = tmp_path / "run"
@@ -627,12 +627,12 @@ def test_an_overridden_option_leaves_the_recipe_its_others(
 # ---- the page
 
 
-def test_the_page_is_current(capsys: pytest.CaptureFixture[str]):
+def test_recipe_page_is_current(capsys: pytest.CaptureFixture[str]):
     code = recipe_page.main(["--check"])
     assert code == 0, capsys.readouterr().err
 
 
-def test_a_stale_page_is_noticed_and_mended(
+def test_stale_page_is_reported_and_updated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     good = recipe_page.PAGE.read_text(encoding="utf-8")
@@ -646,7 +646,7 @@ def test_a_stale_page_is_noticed_and_mended(
     assert copy.read_text(encoding="utf-8") == good
 
 
-def test_what_the_page_shows_works(capsys: pytest.CaptureFixture[str]):
+def test_page_commands_and_snippets_run(capsys: pytest.CaptureFixture[str]):
     text = recipe_page.PAGE.read_text(encoding="utf-8").partition(recipe_page.START)[0]
     commands, snippet = re.findall(r"```(?:python)?\n(.*?)```", text, re.DOTALL)
     lines = [shlex.split(line, comments=True) for line in commands.splitlines()]
@@ -661,7 +661,7 @@ def test_what_the_page_shows_works(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out.startswith("AHBF Table 2 25.19\n")
 
 
-def test_two_recipes_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch):
+def test_duplicate_recipe_name_is_refused(monkeypatch: pytest.MonkeyPatch):
     twin = Recipe(dataset="cifar10", settings=given("a test", model="resnet8", method="baseline"))
     with pytest.raises(ValueError, match="two recipes are named cifar10-resnet8-baseline"):
         by_name([twin, twin])

@@ -62,7 +62,7 @@ def test_page_is_not_stale():
     ],
     ids=["page", "readme"],
 )
-def test_a_stale_page_is_noticed(page, parts, changes):
+def test_stale_page_is_reported(page, parts, changes):
     text, made = page.read_text(encoding="utf-8"), parts()
     for right, wrong in changes:
         assert right in text
@@ -138,7 +138,7 @@ def test_loss_table_keeps_losing_rows(result):
     assert method_table(path)[0] == "Not measured yet."
 
 
-def test_the_readme_has_three_sizes_and_the_worst_loss(result):
+def test_readme_table_has_three_sizes_and_worst_loss(result):
     def benchmarks(batch, classes, mode, compiled, fused):
         return [
             {
@@ -169,7 +169,7 @@ def test_the_readme_has_three_sizes_and_the_worst_loss(result):
     assert readme_table(losing)[-2] == "| 128 x 10 | forward | 1,000 | 1,000-1,000 | 4.00 | 0.50 |"
 
 
-def test_starts_stand_beside_what_cannot_be_saved(result):
+def test_start_table_lists_baseline_next_to_total(result):
     lines = start_table(
         result(
             [
@@ -193,7 +193,7 @@ def test_starts_stand_beside_what_cannot_be_saved(result):
     ]
 
 
-def test_machine_code_is_one_number_where_generations_agree(tmp_path, monkeypatch):
+def test_machine_code_table_merges_equal_generations(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.report, "ROOT", tmp_path)
     row = {
         "kernel": "forward",

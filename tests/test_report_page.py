@@ -120,12 +120,12 @@ def check_nothing_is_loaded(page, text):
                     )
 
 
-def test_the_page_needs_no_network_and_no_other_file(page):
+def test_page_loads_no_external_resources(page):
     check_nothing_is_loaded(*page)
     assert len(page[0].of("img")) == 4
 
 
-def test_the_page_is_read_out_well(page):
+def test_page_is_accessible(page):
     found, text = page
     assert text.startswith("<!DOCTYPE html>")
     assert found.of("html") == [{"lang": "en"}]
@@ -236,7 +236,7 @@ def analysed(sample_runs, tmp_path):
     return run
 
 
-def test_an_analysis_in_the_run_is_on_the_page(analysed, tmp_path):
+def test_analysis_of_run_is_on_page(analysed, tmp_path):
     assert report([analysed], tmp_path / "report.html") == 0
     text = (tmp_path / "report.html").read_text()
     page = Page(text)
@@ -271,7 +271,7 @@ def test_an_analysis_in_the_run_is_on_the_page(analysed, tmp_path):
         ),
     ],
 )
-def test_a_damaged_analysis_is_said(analysed, damage):
+def test_damaged_analysis_is_reported(analysed, damage):
     damage(analysed / "analysis")
     page = Page(analysis_section(read_run(analysed)))
     assert "is incomplete or damaged" in page.text
@@ -290,7 +290,9 @@ def test_unfinished_runs_are_reported_on_both_pages(sample_runs, tmp_path):
         assert f"{run}: unfinished, 2 of 5 epochs" in page.text
 
 
-def test_mistakes_are_one_line_and_write_no_page(sample_runs, tmp_path, capsys, monkeypatch):
+def test_invalid_arguments_are_one_line_and_write_no_page(
+    sample_runs, tmp_path, capsys, monkeypatch
+):
     assert report([], tmp_path / "report.html") == 2
     assert report([tmp_path], tmp_path / "report.html") == 4
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -52,7 +52,7 @@ def reproduce(out: Path, *arguments: str) -> int:
 # ---- the tables
 
 
-def test_every_published_number_is_in_one_table():
+def test_published_numbers_are_each_in_one_table():
     expected = {
         (table["source"], name, row)
         for table in PUBLISHED
@@ -92,7 +92,7 @@ def test_tables_are_named_after_their_source():
     assert (get_table("ahbf-table1").runs, get_table("ahbf-table4").runs) == (3, 1)
 
 
-def test_what_is_published_is_measured():
+def test_published_rows_are_evaluated_by_recipe():
     """Every number is of a row that the runs of its recipe evaluate."""
     for table in paper_tables().values():
         for recipe in table.recipes.values():
@@ -134,7 +134,7 @@ def test_scaled_schedules_keep_their_shape(epochs):
             assert short.warmup_epochs / epochs == pytest.approx(whole.warmup_epochs / whole.epochs)
 
 
-def test_rows_seeds_and_settings():
+def test_plan_selects_rows_seeds_and_settings():
     plan = plan_reproduction(
         "ahbf-table1",
         "digits",
@@ -163,14 +163,14 @@ def test_rows_seeds_and_settings():
     )
 
 
-def test_every_table_can_be_planned(tmp_path):
+def test_tables_can_all_be_planned(tmp_path):
     for name, table in paper_tables().items():
         plan = plan_reproduction(name, "", [], None, 7, {}, tmp_path)
         assert len(plan.queue) == len(table.recipes) * table.runs
         assert {job.config.epochs for job in plan.queue} == {7}
 
 
-def test_a_table_beside_what_was_measured(fake, tmp_path, capsys):
+def test_reproduced_table_lists_published_and_measured(fake, tmp_path, capsys):
     out = tmp_path / "out"
     given = ["ahbf-table1", "--rows", "cifar10-resnet32-a*", "--epochs", "2", "--seeds", "2"]
     assert reproduce(out, *given, "--dry-run") == 0
@@ -238,7 +238,7 @@ def test_a_table_beside_what_was_measured(fake, tmp_path, capsys):
         )
 
 
-def test_rows_of_other_branches_and_of_their_mean(fake, tmp_path):
+def test_table_rows_of_other_branches_and_mean(fake, tmp_path):
     out = tmp_path / "out"
     assert (
         reproduce(
@@ -282,7 +282,7 @@ def test_rows_of_other_branches_and_of_their_mean(fake, tmp_path):
     assert rows["cifar10-resnet32-dml", "branch_mean"]["last_error_mean"] == pytest.approx(31)
 
 
-def test_a_row_that_fails(fake, tmp_path, capsys):
+def test_failing_row_is_reported(fake, tmp_path, capsys):
     (tmp_path / "orders.json").write_text(json.dumps({"cifar10-resnet32-ahbf-seed0": "fail"}))
     assert (
         reproduce(
@@ -336,7 +336,7 @@ def test_a_row_that_fails(fake, tmp_path, capsys):
         (["ahbf-table1", "--set", "optimizer=adm"], "unknown optimizer 'adm'"),
     ],
 )
-def test_mistakes_are_one_line_and_nothing_is_made(arguments, message, tmp_path, capsys):
+def test_invalid_arguments_are_one_line_and_create_no_files(arguments, message, tmp_path, capsys):
     assert reproduce(tmp_path / "out", *arguments) == 2
     said = capsys.readouterr().err
     assert message in said
@@ -344,7 +344,7 @@ def test_mistakes_are_one_line_and_nothing_is_made(arguments, message, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_without_data(tmp_path, capsys):
+def test_missing_data_is_refused(tmp_path, capsys):
     assert (
         cli.main(["reproduce", "ahbf-table1", "--out", str(tmp_path / "out"), "--devices", "cpu"])
         == 2
@@ -352,14 +352,14 @@ def test_without_data(tmp_path, capsys):
     assert "no dataset: pass --data FOLDER" in capsys.readouterr().err
 
 
-def test_a_recipe_by_itself_is_what_its_table_trains():
+def test_single_recipe_has_configuration_of_its_table():
     plan = plan_reproduction("ahbf-table2", "", ["cifar100-resnet32-ahbf"], 1, None, {}, Path("x"))
     assert plan.queue[0].config == get_recipe("cifar100-resnet32-ahbf").config
     with pytest.raises(ConfigError):
         get_table("")
 
 
-def test_a_folder_with_other_data_is_refused(fake, tmp_path, capsys):
+def test_folder_with_other_data_is_refused(fake, tmp_path, capsys):
     out = tmp_path / "out"
     assert (
         reproduce(
@@ -393,7 +393,7 @@ def test_a_folder_with_other_data_is_refused(fake, tmp_path, capsys):
         assert "belongs to other images than cifar10:" in capsys.readouterr().err
 
 
-def test_notes_are_of_all_rows_that_have_runs(fake, tmp_path, capsys):
+def test_notes_cover_all_rows_with_runs(fake, tmp_path, capsys):
     out = tmp_path / "out"
     given = ["--epochs", "2", "--seeds", "1"]
     assert reproduce(out, "ahbf-table1", "--rows", "cifar10-resnet32-afid", *given) == 0
@@ -427,7 +427,7 @@ def test_notes_are_of_all_rows_that_have_runs(fake, tmp_path, capsys):
         ("", False, True),
     ],
 )
-def test_the_published_files_are_known_however_they_are_named(tmp_path, prefix, there, said):
+def test_published_data_is_recognized_under_any_spec(tmp_path, prefix, there, said):
     folder = write_cifar(tmp_path / "data") if there else tmp_path / "nowhere"
     run = Run(
         Path("x"),

@@ -15,7 +15,7 @@ def rates(places: list[float], **fields: Any) -> list[float]:
     return [config.lr_at(place) for place in places]
 
 
-def test_steps() -> None:
+def test_step_schedule_divides_lr_at_fractions() -> None:
     """AHBF: 0.1, divided by 10 after half and three quarters of 300 epochs."""
     assert rates([0, 149, 149.999, 150, 224, 225, 299, 300], epochs=300) == pytest.approx(
         [0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.001]
@@ -32,7 +32,7 @@ def test_steps() -> None:
     assert rates([2, 2.6, 3], epochs=5, lr_decay_at=[0.5]) == pytest.approx([0.1, 0.1, 0.01])
 
 
-def test_cosine() -> None:
+def test_cosine_schedule_values() -> None:
     """Half a cosine from the rate to its final fraction: (1 + cos(pi t / T)) / 2 of what is
     between.
     """
@@ -48,7 +48,7 @@ def test_cosine() -> None:
     ) == pytest.approx([0.4, 0.2, 0.0])
 
 
-def test_warm_up_is_a_straight_line() -> None:
+def test_warmup_is_linear() -> None:
     for schedule in ("step", "cosine"):
         assert rates(
             [0, 0.5, 2.5, 4.75, 5], schedule=schedule, warmup_epochs=5, epochs=90
@@ -58,7 +58,7 @@ def test_warm_up_is_a_straight_line() -> None:
     assert rates([0], warmup_epochs=0, epochs=90) == pytest.approx([0.1])
 
 
-def test_one_cycle() -> None:
+def test_onecycle_schedule_values() -> None:
     """From a 25th up to the rate in 0.3 of the run, and down along half a cosine."""
     assert rates([0, 15, 30, 65, 100], schedule="onecycle", lr=1.0, epochs=100) == pytest.approx(
         [0.04, 0.52, 1.0, 0.5, 0.0]
@@ -77,13 +77,13 @@ def test_one_cycle() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["step", "cosine", "onecycle"])
-def test_past_its_end_a_run_keeps_its_last_rate(schedule: str) -> None:
+def test_schedule_past_end_keeps_last_rate(schedule: str) -> None:
     """Rounding may place the last step a little past the end."""
     end, beyond = rates([10, 10.001], schedule=schedule, lr_final=0.1, epochs=10)
     assert end == beyond == pytest.approx(0.001 if schedule == "step" else 0.01)
 
 
-def test_scaling_is_by_the_batch() -> None:
+def test_lr_scaling_follows_batch_size() -> None:
     for scaling, factor in (("none", 1.0), ("linear", 4.0), ("sqrt", 2.0)):
         fields = {
             "lr": 0.1,
@@ -114,6 +114,6 @@ def test_scaling_is_by_the_batch() -> None:
     ],
     ids=str,
 )
-def test_values_that_make_no_sense(fields: dict[str, Any], message: str) -> None:
+def test_invalid_values_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         rates([0], **fields)

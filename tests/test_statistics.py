@@ -32,7 +32,7 @@ def test_skipped_batch_restores_statistics() -> None:
     assert not torch.equal(twin.trunk.bn1.running_mean, torch.zeros(16))
 
 
-def test_model_without_statistics() -> None:
+def test_model_without_statistics_is_accepted() -> None:
     statistics = RunningStatistics(nn.Linear(2, 2))
     statistics.keep()
     statistics.put_back(torch.tensor(1.0))

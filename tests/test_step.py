@@ -103,7 +103,7 @@ class TestStepOptions:
         [{"impl": "auto"}, {"channels_last": True}, {"flat": True}],
         ids=lambda option: next(iter(option)),
     )
-    def test_each_option_keeps_the_result(self, plain, option):
+    def test_each_option_preserves_result(self, plain, option):
         start, end = plain
         assert (
             difference(
@@ -112,7 +112,7 @@ class TestStepOptions:
             < self.TOLERANCE
         )
 
-    def test_all_options_keep_the_result(self, plain):
+    def test_all_options_preserve_result(self, plain):
         start, end = plain
         every = step_of(
             **{**SMOOTH, "impl": "auto", "channels_last": True, "flat": True, "compile": True}
@@ -206,7 +206,7 @@ class TestStepOptions:
             check_config(dataclasses.replace(CONFIG, **changes))
 
 
-def test_accumulated_gradients_equal_parts_by_hand():
+def test_accumulated_gradients_equal_manual_parts():
     """Two passes of eight images and one update, against the same by hand: batch norm sees eight
     images at a time.
     """
@@ -386,7 +386,7 @@ class TestLossScale:
             each.update(torch.tensor(False))
         assert float(other.value) == float(scale.value) == 2 * LossScale.START
 
-    def test_overflow_changes_scale_but_lost_loss_does_not(self):
+    def test_loss_scale_changes_on_overflow_not_on_nan_loss(self):
         step = step_of(impl="reference", precision="fp16")
         before = weights(step)
         step.scale.value.fill_(2.0**40)

@@ -110,7 +110,7 @@ def changed(one, other):
     }
 
 
-def test_rows_add_one_lever_each_and_train_the_same_network(images, made, not_compiled):
+def test_rows_add_one_optimization_with_same_training(images, made, not_compiled):
     benchmark = StepBenchmark(CONFIG, images, CPU, steps=1)
     rows = list(benchmark.rows())
     assert [row.name for row in rows] == ON_A_CPU
@@ -153,7 +153,7 @@ def test_rows_add_one_lever_each_and_train_the_same_network(images, made, not_co
     assert found["environment"]["torch"] == torch.__version__
 
 
-def test_all_optimizations_are_kept_on_a_gpu():
+def test_all_optimizations_are_retained_on_gpu():
     rows = optimizations(torch.device("cuda"))
     assert all(row.carried for row in rows)
     assert [row.name for row in rows if row.gathers] == ["augmentation inside the graph"]
@@ -172,7 +172,7 @@ def test_all_optimizations_are_kept_on_a_gpu():
     )  # what PyTorch does with float32 convolutions there
 
 
-def test_research_step_reads_every_number_and_trains_alike(images, monkeypatch):
+def test_research_step_trains_like_engine_step(images, monkeypatch):
     research = ResearchStep(first_row(CONFIG, CPU), images, CPU)
     engine = EngineStep(
         dataclasses.replace(first_row(CONFIG, CPU), impl="auto"), images, CPU, False
@@ -216,7 +216,7 @@ class FakeMachine:
         return Step()
 
 
-def test_ratios_are_of_windows_side_by_side(images, monkeypatch):
+def test_ratios_compare_adjacent_windows(images, monkeypatch):
     machine = FakeMachine()
     monkeypatch.setattr(
         fastokd.experiments.step_benchmark,
@@ -251,7 +251,7 @@ def test_ratios_are_of_windows_side_by_side(images, monkeypatch):
     assert 10 * 0.9 < sum(8 * 4 / row.images_per_second[0] for row in [first] * 5) < 10 * 1.1
 
 
-def test_a_lever_that_fails_is_said_and_not_kept(images, made, monkeypatch, not_compiled):
+def test_failed_optimization_is_reported_and_dropped(images, made, monkeypatch, not_compiled):
     class Failing(fastokd.experiments.step_benchmark.EngineStep):
         def __init__(self, config, *rest):
             if config.compile:
@@ -270,7 +270,7 @@ def test_a_lever_that_fails_is_said_and_not_kept(images, made, monkeypatch, not_
     assert not any(config.compile or config.channels_last for config in made)
 
 
-def test_a_first_row_that_cannot_run_ends_it(images, monkeypatch):
+def test_failed_first_row_ends_benchmark(images, monkeypatch):
     def refuse(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -281,13 +281,13 @@ def test_a_first_row_that_cannot_run_ends_it(images, monkeypatch):
         next(StepBenchmark(CONFIG, images, CPU).rows())
 
 
-def test_rows_after_the_stop_are_not_measured(images):
+def test_rows_after_stop_are_not_measured(images):
     rows = list(StepBenchmark(CONFIG, images, CPU, steps=1).rows(stop=lambda: True))
     assert rows[0].images_per_second
     assert {row.reason for row in rows[1:]} == {"the time was spent"}
 
 
-def test_pictures_are_decoded_once(tmp_path):
+def test_images_are_decoded_once(tmp_path):
     for split in ("train", "val"):
         for label, color in (("red", (255, 0, 0)), ("blue", (3, 7, 250))):
             (tmp_path / split / label).mkdir(parents=True)
@@ -305,7 +305,7 @@ def test_pictures_are_decoded_once(tmp_path):
         )
 
 
-def test_command_writes_table_picture_and_trace(tmp_path, capsys, not_compiled):
+def test_command_writes_table_figure_and_trace(tmp_path, capsys, not_compiled):
     assert main([*BENCH, "--out", str(tmp_path), "--profile"]) == 0
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "step-ladder.json").read_text())
@@ -327,7 +327,7 @@ def test_command_writes_table_picture_and_trace(tmp_path, capsys, not_compiled):
     assert "convolution" in out
 
 
-def test_without_matplotlib_there_is_the_table_alone(tmp_path, capsys, monkeypatch, not_compiled):
+def test_missing_matplotlib_writes_only_table(tmp_path, capsys, monkeypatch, not_compiled):
     def missing():
         raise MissingExtra("drawing needs matplotlib: pip install 'fastokd[plots]'")
 
@@ -368,7 +368,7 @@ def test_without_matplotlib_there_is_the_table_alone(tmp_path, capsys, monkeypat
         (["--device", "tpu"], "unknown device"),
     ],
 )
-def test_mistakes_are_one_line(arguments, said, capsys, tmp_path):
+def test_invalid_arguments_are_one_line(arguments, said, capsys, tmp_path):
     given = [item for item in BENCH if "--steps" not in arguments or item not in ("--steps", "1")]
     assert main([*given, *arguments, "--out", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -376,13 +376,13 @@ def test_mistakes_are_one_line(arguments, said, capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_method_with_a_trained_teacher_has_no_ladder(images):
+def test_method_with_trained_teacher_is_refused(images):
     with pytest.raises(ConfigError, match="needs a trained teacher, which the step benchmark"):
         StepBenchmark(dataclasses.replace(CONFIG, method="kd"), images, CPU)
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_every_row_runs_and_trains_the_same_network(images):
+def test_gpu_rows_all_run_with_same_training(images):
     rows = list(StepBenchmark(CONFIG, images, torch.device("cuda", 0), steps=3).rows())
     assert not [(row.name, row.reason) for row in rows if row.reason]
     first, *others = [row for row in rows if row.kind != "student"]

@@ -112,18 +112,18 @@ LEVERS = [
 
 
 @pytest.mark.parametrize("option", LEVERS, ids=lambda option: next(iter(option)))
-def test_each_option_keeps_the_result(plain: TrainStep, option: dict[str, object]) -> None:
+def test_each_option_preserves_result(plain: TrainStep, option: dict[str, object]) -> None:
     assert difference(train(step_of(**option), batches()), plain) < TOLERANCE
 
 
-def test_all_options_keep_the_result(plain: TrainStep) -> None:
+def test_all_options_preserve_result(plain: TrainStep) -> None:
     every = step_of(
         impl="auto", channels_last=True, flat=True, compile=True, streams=True, cuda_graph=True
     )
     assert difference(train(every, batches()), plain) < TOLERANCE
 
 
-def test_defaults_train() -> None:
+def test_default_options_train() -> None:
     settings = {name: getattr(TrainConfig(), name) for name in OFF}
     step = train(step_of(**settings), batches())
     assert (
@@ -204,7 +204,7 @@ def test_batches_gathered_in_graph_equal_loader() -> None:
     assert difference(*steps) < TOLERANCE
 
 
-def test_nonfinite_step_in_graph() -> None:
+def test_nonfinite_step_in_graph_is_skipped() -> None:
     good = batches(16)
     bad = Batch(torch.full_like(good[0].images, math.inf), good[0].target, good[0].index)
     step = train(step_of(cuda_graph=True, on_nonfinite="skip"), [*good[:14], bad, *good[14:]])

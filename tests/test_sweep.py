@@ -106,7 +106,7 @@ def test_values_have_the_types_of_their_fields():
     assert isinstance(found["lr"][0], float)
 
 
-def test_the_grid_has_every_combination_once():
+def test_grid_has_every_combination_once():
     base = TrainConfig(model="resnet8", method_options={"temperature": 2.0}, seed=7)
     points = grid_points(
         base, parse_values(["method_options.lambda_ta=1,2,4", "epochs=3", "branches=2,3"])
@@ -127,7 +127,7 @@ def test_the_grid_has_every_combination_once():
         assert "epochs" not in point.values
 
 
-def test_another_method_begins_with_its_own_defaults():
+def test_grid_of_methods_resets_method_options():
     points = grid_points(
         get_recipe("cifar10-resnet32-ahbf").config,
         parse_values(["method=ahbf,dml", "aux_blocks=1"]),
@@ -137,7 +137,7 @@ def test_another_method_begins_with_its_own_defaults():
     ] == [("ahbf", 4, (0.5, 0.75)), ("dml", None, (0.5, 0.75))]
 
 
-def test_a_teacher_is_found_from_any_folder(monkeypatch, tmp_path):
+def test_relative_teacher_path_becomes_absolute(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     points = grid_points(
         TrainConfig(method="kd", branches=1),
@@ -148,7 +148,7 @@ def test_a_teacher_is_found_from_any_folder(monkeypatch, tmp_path):
     }
 
 
-def test_points_whose_names_would_be_the_same_differ():
+def test_points_with_equal_names_get_suffix():
     points = grid_points(
         TrainConfig(),
         parse_values(['model="resnet20,resnet32","resnet20 ,resnet32"', "method=dml"]),
@@ -159,7 +159,7 @@ def test_points_whose_names_would_be_the_same_differ():
     ]
 
 
-def test_the_first_seed_of_every_point_comes_first(tmp_path):
+def test_queue_starts_first_seed_of_every_point(tmp_path):
     plan = plan_sweep(TrainConfig(), None, parse_values(["branches=2,3"]), 2, tmp_path)
     assert [job.name for job in plan.queue] == [
         "branches-2-seed0",
@@ -181,7 +181,7 @@ def published_numbers(sweep: Sweep) -> list[Published | None]:
     return student_numbers(recipes_of(sweep))
 
 
-def test_the_lambda_grid_stands_beside_table_4():
+def test_lambda_grid_has_published_numbers_of_table_4():
     recipe = get_recipe("cifar100-resnet32-ahbf")
     values = parse_values(
         [
@@ -227,7 +227,7 @@ def test_the_lambda_grid_stands_beside_table_4():
         (["method_options.temperature=2,3"], [None, 25.19]),  # 3 is the loss's own default
     ],
 )
-def test_only_points_that_a_paper_has_stand_beside_it(settings, expected):
+def test_only_published_points_have_published_numbers(settings, expected):
     recipe = get_recipe("cifar100-resnet32-ahbf")
     numbers = published_numbers(
         plan_sweep(recipe.config, recipe, parse_values(settings), 1, Path("x"))
@@ -245,7 +245,7 @@ def published(name: str, *settings: str) -> list[float | None]:
     ]
 
 
-def test_recipes_made_equal_by_a_setting_stay_apart():
+def test_published_numbers_distinguish_similar_recipes():
     # With another ramp-up for all, Figure 3's ramp-ups of 80, 150 and 225 are the recipe itself,
     # whose number is 25.19.
     assert published("cifar100-resnet32-ahbf", "ramp_epochs=100", "lr=0.1,0.2") == [25.19, None]
@@ -270,7 +270,7 @@ def test_point_of_recipes_made_equal_has_no_published_number():
     ]
 
 
-def test_what_differs_is_said_of_the_recipe_that_a_point_is():
+def test_differences_refer_to_matching_recipe():
     recipe = get_recipe("imagenet-resnet50-resnet18-kdcl-minlogit-100-epochs")
     sweep = plan_sweep(
         recipe.config, recipe, parse_values(["epochs=100,200", "lr_final=0.1"]), 1, Path("x")
@@ -286,7 +286,7 @@ def test_what_differs_is_said_of_the_recipe_that_a_point_is():
     )
 
 
-def test_without_a_recipe_nothing_is_said_of_papers():
+def test_sweep_without_recipe_has_no_published_numbers():
     plan = plan_sweep(
         get_recipe("cifar100-resnet32-ahbf").config,
         None,
@@ -297,7 +297,7 @@ def test_without_a_recipe_nothing_is_said_of_papers():
     assert published_numbers(plan) == [None, None]
 
 
-def test_ablations_of_ahbf_are_recipes():
+def test_ahbf_ablations_are_recipes():
     for name, options, layout, meaning in [
         (
             "lambda-2-0",
@@ -327,7 +327,7 @@ def test_ablations_of_ahbf_are_recipes():
 # ---- the results
 
 
-def test_a_sweep_and_its_tables(fake, tmp_path, capsys):
+def test_sweep_writes_runs_and_tables(fake, tmp_path, capsys):
     out = tmp_path / "out"
     grid = [
         "--recipe",
@@ -420,9 +420,7 @@ def test_a_sweep_and_its_tables(fake, tmp_path, capsys):
     } <= set(drawn)
 
 
-def test_without_matplotlib_it_is_said_that_there_is_no_picture(
-    fake, tmp_path, monkeypatch, capsys
-):
+def test_missing_matplotlib_reports_no_figure(fake, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert (
         sweep(
@@ -449,7 +447,7 @@ def test_without_matplotlib_it_is_said_that_there_is_no_picture(
     assert not list((tmp_path / "out").glob("heat-map*"))
 
 
-def test_runs_on_other_classes_do_not_stand_beside_a_paper(fake, tmp_path, capsys):
+def test_runs_on_other_classes_have_no_published_numbers(fake, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     grid = [
@@ -469,7 +467,7 @@ def test_runs_on_other_classes_do_not_stand_beside_a_paper(fake, tmp_path, capsy
     assert [each["published"] for each in results(out)["points"]] == [None, None]
 
 
-def test_what_is_not_finished_is_said_and_not_counted(fake, tmp_path, capsys):
+def test_unfinished_runs_are_reported_and_not_counted(fake, tmp_path, capsys):
     out = tmp_path / "out"
     grid = [
         *TINY,
@@ -515,7 +513,7 @@ def test_what_is_not_finished_is_said_and_not_counted(fake, tmp_path, capsys):
         ("", "not run"),
     ],
 )
-def test_how_far_seeds_are(states, said):
+def test_progress_of_seeds_is_described(states, said):
     words = states.split()
     assert (
         Measured(
@@ -532,7 +530,7 @@ def test_how_far_seeds_are(states, said):
 # ---- the queue
 
 
-def test_a_run_whose_records_were_cut_is_not_counted(fake, tmp_path, capsys):
+def test_run_with_truncated_records_is_not_counted(fake, tmp_path, capsys):
     out = tmp_path / "out"
     grid = [*TINY, "--set", "epochs=2", "--devices", "cpu"]
     assert sweep(out, *grid) == 0
@@ -545,7 +543,7 @@ def test_a_run_whose_records_were_cut_is_not_counted(fake, tmp_path, capsys):
     assert state.startswith("failed: metrics.jsonl is damaged in line 2")
 
 
-def test_a_run_that_fails_is_reported_and_the_others_go_on(fake, tmp_path, capsys):
+def test_failed_run_is_reported_and_others_continue(fake, tmp_path, capsys):
     out = tmp_path / "out"
     grid = [
         *TINY,
@@ -607,7 +605,7 @@ def run_queue(
 
 
 @pytest.mark.parametrize("per_device", [1, 3])
-def test_no_more_run_at_once_than_are_to(fake, tmp_path, per_device, monkeypatch):
+def test_queue_limits_concurrent_runs(fake, tmp_path, per_device, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
     outcome, _ = run_queue(tmp_path, jobs(tmp_path, 5), [torch.device("cpu")], per_device)
@@ -616,7 +614,7 @@ def test_no_more_run_at_once_than_are_to(fake, tmp_path, per_device, monkeypatch
     assert {each["threads"] for each in events(tmp_path)} == {str(12 // per_device)}
 
 
-def test_runs_are_spread_over_the_devices(fake, tmp_path):
+def test_runs_are_distributed_over_devices(fake, tmp_path):
     _, said = run_queue(
         tmp_path, jobs(tmp_path, 4), [torch.device("cuda", 0), torch.device("cuda", 3)], 2
     )
@@ -634,13 +632,13 @@ def test_runs_are_spread_over_the_devices(fake, tmp_path):
     ]
 
 
-def test_a_run_that_is_killed_alone_is_a_failure(tmp_path, monkeypatch):
+def test_killed_run_is_a_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(queue, "_command", lambda *given: ["sh", "-c", "kill -9 $$"])
     outcome, _ = run_queue(tmp_path, jobs(tmp_path, 1), [torch.device("cpu")], 1)
     assert outcome == queue.Outcome({"run0": "killed by SIGKILL"}, 137)
 
 
-def test_two_sweeps_do_not_share_a_folder(fake, tmp_path, capsys):
+def test_second_sweep_in_same_folder_is_refused(fake, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     other = RunFolder(out)
@@ -654,7 +652,7 @@ def test_two_sweeps_do_not_share_a_folder(fake, tmp_path, capsys):
     assert sweep(out, *TINY, "--set", "epochs=1", "--devices", "cpu") == 0
 
 
-def test_a_refused_larger_grid_leaves_nothing_in_the_folder(fake, tmp_path, capsys):
+def test_refused_larger_grid_keeps_folder_unchanged(fake, tmp_path, capsys):
     out = tmp_path / "out"
     grid = [*TINY, "--devices", "cpu", "--set", "epochs=1"]
     assert sweep(out, *grid, "--set", "aux_blocks=0,1") == 0
@@ -686,7 +684,7 @@ def listening():
         (signal.SIGINT, {"aux_blocks-0-seed0": "wait", "aux_blocks-1-seed0": "stubborn"}),
     ],
 )
-def test_a_signal_lets_the_runs_save(fake, listening, tmp_path, capsys, number, orders):
+def test_signal_lets_runs_save(fake, listening, tmp_path, capsys, number, orders):
     out = tmp_path / "out"
     order(tmp_path, orders)
 
@@ -733,7 +731,7 @@ def test_a_signal_lets_the_runs_save(fake, listening, tmp_path, capsys, number, 
     assert [each["last_errors"] for each in results(out)["points"]] == [[], [], []]
 
 
-def test_a_missing_teacher_is_reported_before_the_first_run(fake, tmp_path, capsys):
+def test_missing_teacher_is_reported_before_first_run(fake, tmp_path, capsys):
     teachers = f"method_options.teacher={tmp_path}/one,{tmp_path}/nowhere"
     grid = ["--set", "method=kd", "--set", "branches=1", "--set", teachers, "--devices", "cpu"]
     assert sweep(tmp_path / "out", *TINY, *grid) != 0
@@ -784,7 +782,7 @@ def test_second_ctrl_c_while_runs_save_stops_them(fake, listening, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
-def test_an_ignored_signal_is_left_alone(fake, listening, tmp_path, capsys, number):
+def test_ignored_signal_does_not_stop_sweep(fake, listening, tmp_path, capsys, number):
     """As after nohup, or in the background of a script. SIGTERM stops such a sweep."""
     out = tmp_path / "out"
     before = signal.signal(number, signal.SIG_IGN)
@@ -801,7 +799,7 @@ def test_an_ignored_signal_is_left_alone(fake, listening, tmp_path, capsys, numb
     assert f"{number.name}: " not in capsys.readouterr().out
 
 
-def test_the_runs_of_a_killed_sweep_are_waited_for(fake, tmp_path, capsys):
+def test_sweep_waits_for_runs_of_killed_sweep(fake, tmp_path, capsys):
     out = tmp_path / "out"
     grid = [
         *TINY,
@@ -866,7 +864,7 @@ def test_sigterm_stops_a_sweep_that_ignores_ctrl_c(fake, listening, tmp_path, ca
 # ---- with real runs
 
 
-def test_a_sweep_is_killed_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_stopped_sweep_resumes_with_same_result(tmp_path, monkeypatch, capsys):
     """Two real runs; the sweep is asked to stop while the first trains, and the same command again
     ends both as if nothing had been.
     """
@@ -979,13 +977,13 @@ def test_a_sweep_is_killed_and_goes_on(tmp_path, monkeypatch, capsys):
         ("data=a,b", "data cannot be set here; use --data; runs on other data cannot be compared"),
     ],
 )
-def test_values_that_make_no_sense(text, message):
+def test_invalid_values_are_refused(text, message):
     with pytest.raises(ConfigError, match=message) as caught:
         parse_values([text])
     assert "\n" not in str(caught.value)
 
 
-def test_a_field_that_is_set_twice():
+def test_field_set_twice_is_refused():
     with pytest.raises(
         ConfigError,
         match="branches is set twice; write all its values in one --set, separated by commas",
@@ -993,7 +991,7 @@ def test_a_field_that_is_set_twice():
         parse_values(["branches=2", "branches=3"])
 
 
-def test_points_of_one_configuration_are_refused(monkeypatch, tmp_path):
+def test_duplicate_configurations_are_refused(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         ConfigError,
@@ -1005,7 +1003,7 @@ def test_points_of_one_configuration_are_refused(monkeypatch, tmp_path):
         )
 
 
-def test_a_combination_that_makes_no_sense_is_named():
+def test_invalid_combination_is_named():
     with pytest.raises(
         ConfigError,
         match=(
@@ -1033,7 +1031,7 @@ def test_a_combination_that_makes_no_sense_is_named():
         (["--config", "missing.yaml"], "cannot read missing.yaml"),
     ],
 )
-def test_mistakes_are_one_line_and_nothing_is_made(arguments, message, tmp_path, capsys):
+def test_invalid_arguments_are_one_line_and_create_no_files(arguments, message, tmp_path, capsys):
     assert sweep(tmp_path / "out", *arguments) == 2
     said = capsys.readouterr().err
     assert message in said
@@ -1042,7 +1040,7 @@ def test_mistakes_are_one_line_and_nothing_is_made(arguments, message, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_devices():
+def test_device_options_are_parsed():
     assert parse_devices("cpu") == [torch.device("cpu")]
     assert parse_per_device("auto") == 1
     assert parse_per_device("12") == 12
@@ -1064,7 +1062,7 @@ def test_sweep_on_unusable_data_is_refused_before_first_run(fake, tmp_path, caps
     assert not (tmp_path / "events.txt").exists()
 
 
-def test_a_folder_that_is_not_the_sweeps(fake, tmp_path, capsys):
+def test_foreign_folder_is_refused(fake, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").touch()
@@ -1126,7 +1124,7 @@ def test_sweep_into_folder_of_other_grid_is_refused(fake, tmp_path, capsys):
     assert "sweep.json is damaged" in capsys.readouterr().err
 
 
-def test_a_run_of_another_configuration_in_the_folder_is_refused(fake, tmp_path, capsys):
+def test_run_with_other_configuration_in_folder_is_refused(fake, tmp_path, capsys):
     out = tmp_path / "out"
     grid = [*TINY, "--devices", "cpu", "--set", "epochs=1", "--set", "aux_blocks=0,1"]
     assert sweep(out, *grid) == 0
@@ -1140,7 +1138,7 @@ def test_a_run_of_another_configuration_in_the_folder_is_refused(fake, tmp_path,
     )
 
 
-def test_a_folder_with_other_data_is_refused(fake, tmp_path, capsys):
+def test_folder_with_other_data_is_refused(fake, tmp_path, capsys):
     out, data = tmp_path / "out", write_cifar(tmp_path / "data")
     grid = [
         "sweep",

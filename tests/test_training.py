@@ -199,7 +199,7 @@ def test_resume_with_more_epochs_continues(finished, tmp_path, digits):
     assert RunFolder.open(tmp_path / "run").load_config().epochs == 2
 
 
-def test_run_depends_on_seed_alone(tmp_path, digits):
+def test_run_depends_only_on_seed(tmp_path, digits):
     config = dataclasses.replace(CONFIG, epochs=1, method="baseline", branches=1)
     weights = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -279,7 +279,7 @@ def test_bf16_autocast_trains(tmp_path, digits):
 
 
 @pytest.mark.parametrize(("method", "expected"), [("ahbf", MEASURED), ("baseline", ["branch1"])])
-def test_rows_of_each_method(tmp_path, digits, method, expected):
+def test_metrics_have_rows_of_each_method(tmp_path, digits, method, expected):
     config = dataclasses.replace(
         CONFIG,
         epochs=1,
@@ -473,14 +473,14 @@ class TestExports:
             with pytest.raises(CheckpointError, match="is damaged: its record"):
                 load_student(tmp_path)
 
-    def test_damaged(self, finished, tmp_path):
+    def test_damaged_export_is_refused(self, finished, tmp_path):
         trainer, _ = finished
         path = tmp_path / "student.safetensors"
         path.write_bytes(trainer.run_folder.student.read_bytes()[:1000])
         with pytest.raises(CheckpointError, match="is damaged or not a safetensors file"):
             load_student(path)
 
-    def test_foreign(self, tmp_path):
+    def test_foreign_file_is_refused(self, tmp_path):
         from safetensors.torch import save_file
 
         save_file({"weight": torch.zeros(2)}, tmp_path / "student.safetensors")
@@ -535,7 +535,7 @@ class TestConfig:
             ("a: [", r"here is not valid YAML"),
         ],
     )
-    def test_bad_yaml(self, text, message):
+    def test_bad_yaml_is_refused(self, text, message):
         with pytest.raises(ConfigError, match=message):
             load_config(text, "here")
 
@@ -578,18 +578,18 @@ class TestConfig:
             ({"seed": -1}, r"seed=-1"),
         ],
     )
-    def test_bad_values(self, changes, message):
+    def test_bad_values_are_refused(self, changes, message):
         with pytest.raises(ConfigError, match=message):
             check_config(dataclasses.replace(CONFIG, **changes))
 
-    def test_learning_rate_schedule_of_the_papers(self):
+    def test_default_lr_schedule_matches_papers(self):
         config = TrainConfig(data="x")
         rates = [config.lr_at(epoch) for epoch in range(300)]
         assert rates[:150] == [0.1] * 150
         assert rates[150:225] == [pytest.approx(0.01)] * 75
         assert rates[225:] == [pytest.approx(0.001)] * 75
 
-    def test_lr_decays_in_the_epoch_of_the_fraction(self):
+    def test_lr_decays_at_epoch_of_fraction(self):
         for epochs in (100, 150, 164, 182, 200, 240, 300):
             for at in range(1, epochs):
                 config = TrainConfig(data="x", epochs=epochs, lr_decay_at=(at / epochs,))

@@ -22,7 +22,7 @@ PARTS = 12
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_every_published_graph(part: int) -> None:
+def test_every_published_graph_matches_reference(part: int) -> None:
     shapes = executor_properties.CATALOG_SHAPES + executor_properties.MORE_SHAPES
     assert (
         executor_properties.check_catalog("triton", "cuda", shapes, part, PARTS) >= 48 // PARTS * 10
@@ -30,7 +30,7 @@ def test_every_published_graph(part: int) -> None:
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_random_graphs(part: int) -> None:
+def test_random_graphs_match_reference(part: int) -> None:
     assert executor_properties.check_random("triton", 25, "cuda", part) == 25
 
 
@@ -53,7 +53,7 @@ def loss_inputs(
     return logits, scores, torch.randint(classes, (batch,), generator=random).to(device)
 
 
-def test_nothing_waits_for_the_device() -> None:
+def test_loss_does_not_synchronize() -> None:
     logits, scores, target = loss_inputs(128, 100)
     criterion = AHBFLoss(impl="triton").cuda()
     weight = torch.tensor(0.5, device="cuda")
@@ -112,12 +112,12 @@ def test_captured_graph_reads_inputs_and_term_weights_again() -> None:
 
 
 @pytest.mark.parametrize("classes", [40000, 40001])
-def test_a_captured_graph_of_split_rows(classes: int) -> None:
+def test_captured_graph_of_split_rows_replays(classes: int) -> None:
     assert choose_splits(4, classes) > 1
     replayed(*loss_inputs(4, classes))
 
 
-def test_no_kernel_is_compiled_again_for_another_batch_or_weight() -> None:
+def test_kernels_are_not_recompiled_for_batch_or_weight() -> None:
     from fastokd.kernels.triton.kernels import forward_kernel
 
     def count() -> int:
@@ -130,7 +130,7 @@ def test_no_kernel_is_compiled_again_for_another_batch_or_weight() -> None:
     assert count() == before
 
 
-def test_torch_compile_without_a_break() -> None:
+def test_torch_compile_has_no_graph_break() -> None:
     logits, scores, target = loss_inputs(64, 100)
     criterion = AHBFLoss(impl="triton").cuda()
     compiled = torch.compile(
@@ -146,13 +146,13 @@ def test_torch_compile_without_a_break() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
-def test_a_second_device() -> None:
+def test_second_device_matches_reference() -> None:
     assert torch.cuda.current_device() == 0
     second = Subject("triton", "cuda:1")
     second.compare(second.make("cascade", (64, 100)))
 
 
-def test_rows_beyond_two_to_the_31_elements() -> None:
+def test_rows_beyond_2_31_elements_match_reference() -> None:
     # 2^31 / 1000 rows of bf16: 4.3 GB in one tensor, which all rows of logits share.
     batch = 2**31 // 1000 + 8
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:

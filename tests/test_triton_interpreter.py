@@ -16,7 +16,7 @@ REASON = triton_state.interpreter_unavailable()
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
-def test_numerics_in_the_interpreter() -> None:
+def test_numerics_in_interpreter_pass() -> None:
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
@@ -41,7 +41,7 @@ def test_numerics_in_the_interpreter() -> None:
     assert "skipped" not in done.stdout
 
 
-def test_numpy_that_breaks_an_old_interpreter_is_named(
+def test_numpy_incompatible_with_interpreter_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "runtime").mkdir()

@@ -23,7 +23,7 @@ def mutual(count: int) -> Graph:
     )
 
 
-def test_cpu_tensors() -> None:
+def test_cpu_tensors_are_refused() -> None:
     with pytest.raises(
         ExecutorUnavailable, match="runs on CUDA devices, and the logits are on 'cpu'"
     ):
@@ -49,7 +49,7 @@ def test_cpu_tensors() -> None:
         ),
     ],
 )
-def test_what_no_kernel_can_do(
+def test_unsupported_plan_reports_reason(
     monkeypatch: pytest.MonkeyPatch, plan: object, dtype: torch.dtype, reason: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -58,6 +58,6 @@ def test_what_no_kernel_can_do(
     assert executor.unsupported_reason(lower(mutual(4)), Case("cuda", torch.bfloat16)) is None
 
 
-def test_a_machine_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_gpu_reports_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device" in load("triton").unsupported_reason(None, Case("cuda", torch.float32))

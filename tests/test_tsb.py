@@ -39,7 +39,7 @@ def prepared(samples=20, classes=6, **options) -> TSBLoss:
     return criterion
 
 
-def test_worked_values():
+def test_memory_matches_worked_values():
     criterion = prepared(1, 3)
     z = [torch.tensor([row], dtype=torch.float64) for row in ((1.0, 0.0, -1.0), (0.5, 1.0, -0.5))]
     for step in range(1, 4):
@@ -67,7 +67,7 @@ def test_worked_values():
         ("reference", {"beta": 0.0}),
     ],
 )
-def test_loss_gradients_and_memory_over_shuffled_epochs(impl, options):
+def test_loss_and_memory_over_epochs_match_formula(impl, options):
     """Three epochs in random order, the rest of each dropped: samples have been seen one to three
     times, or never.
     """
@@ -111,7 +111,7 @@ def test_loss_gradients_and_memory_over_shuffled_epochs(impl, options):
         np.testing.assert_allclose(criterion.accumulator.memory[sample].numpy(), raw, **ROUNDING)
 
 
-def test_evaluation_mode_remembers_nothing():
+def test_evaluation_mode_does_not_update_memory():
     criterion = prepared()
     rows, target, index = torch.randn(2, 3, 6), torch.tensor([0, 1, 2]), torch.tensor([4, 1, 9])
     criterion(rows, target, index=index)
@@ -125,7 +125,7 @@ def test_evaluation_mode_remembers_nothing():
     )
 
 
-def test_a_sample_twice_in_a_batch_makes_one_step_with_the_mean():
+def test_duplicate_sample_in_batch_updates_with_mean():
     accumulator = TemporalAccumulator(0.8)
     accumulator.allocate(5, 1, 3, CPU, "auto")
     p = torch.tensor([[[1.0, 0.0, 0.0]], [[0.0, 1.0, 0.0]], [[0.0, 0.0, 1.0]], [[0.0, 1.0, 0.0]]])
@@ -139,7 +139,7 @@ def test_a_sample_twice_in_a_batch_makes_one_step_with_the_mean():
     assert not accumulator.memory[[1, 3, 4]].any()
 
 
-def test_memory_is_a_state_that_moves_with_nothing():
+def test_memory_is_saved_and_stays_float32():
     criterion = prepared()
     criterion(torch.randn(2, 3, 6), torch.tensor([0, 1, 2]), index=torch.tensor([4, 1, 9]))
     other = prepared()
@@ -155,7 +155,7 @@ def test_memory_is_a_state_that_moves_with_nothing():
     assert criterion.half().accumulator.memory.dtype == torch.float32
 
 
-def test_two_processes_remember_what_one_does(tmp_path):
+def test_two_processes_have_memory_of_one(tmp_path):
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent))),
@@ -188,7 +188,7 @@ def test_two_processes_remember_what_one_does(tmp_path):
     torch.testing.assert_close(torch.cat((mine, other), 2), both)
 
 
-def test_how_much_it_takes_is_said_before_it_is_taken(monkeypatch):
+def test_memory_size_is_reported_before_allocation(monkeypatch):
     criterion = TSBLoss()
     said = criterion.prepare(50_000, 100, CPU)
     assert (
@@ -237,7 +237,7 @@ def test_tsb_with_wrong_arguments_is_refused_and_not_stored(change, message):
     assert not criterion.accumulator.steps.any()
 
 
-def test_no_batch_before_prepare():
+def test_batch_before_prepare_is_refused():
     with pytest.raises(ValueError, match="there is no memory yet: call prepare"):
         TSBLoss()(torch.randn(2, 3, 6), torch.tensor([0, 1, 2]), index=torch.tensor([0, 1, 2]))
 
@@ -251,12 +251,12 @@ def test_no_batch_before_prepare():
         ({"lambda_ta": -1.0}, "lambda_ta=-1.0; it must be a number of at least 0"),
     ],
 )
-def test_wrong_options_are_named(options, message):
+def test_wrong_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         check_config(TrainConfig(method="tsb", model="resnet8", method_options=options))
 
 
-def test_warm_up_is_a_twelfth_of_the_run():
+def test_warmup_is_one_twelfth_of_run():
     assert [warm_up(epoch, 20) for epoch in (0, 19, 20, 239)] == [0, 0, 1, 1]
     assert TrainConfig(method="tsb", epochs=240).ramp_length() == 20
     assert [TrainConfig(method="tsb", epochs=240).kd_weight_at(epoch) for epoch in (19, 20)] == [
@@ -266,12 +266,12 @@ def test_warm_up_is_a_twelfth_of_the_run():
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_a_step_lowers_the_loss(network):
+def test_step_lowers_the_loss(network):
     before, after = losses_of_a_step("tsb", network, 2)
     assert after < before
 
 
-def test_a_run_resumes_exactly_with_its_memory(tmp_path):
+def test_run_resumes_exactly_with_memory(tmp_path):
     config = dataclasses.replace(CONFIG, ramp_epochs=1)
     trainer = check_resume(config, tmp_path, few_digits())
     check_student(trainer, "resnet8", "branch1")
@@ -291,7 +291,7 @@ def test_a_run_resumes_exactly_with_its_memory(tmp_path):
     assert torch.equal(state["criterion"]["accumulator.memory"], accumulator.memory)
 
 
-def test_a_resume_without_the_memory_would_differ(tmp_path):
+def test_resume_without_memory_differs(tmp_path):
     """That the run above resumes exactly says something: a forgotten memory shows in the
     weights.
     """
