@@ -148,7 +148,7 @@ def resume(folder: Path, processes: int | None = None) -> Trainer:
         RunFolder.open(folder),
         Reporter(silent=True),
         dataset(),
-        seen=state["data"],
+        saved_data=state["data"],
     )
     trainer.resume(state)
     with_dropout(trainer).run()
