@@ -5,17 +5,16 @@ Checks, the command line, the tables of the documentation and lists of fields ar
 
 import dataclasses
 import enum
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from fastokd.errors import ConfigError, did_you_mean
+from fastokd.limits import Limits
 
 T = TypeVar("T")
 GROUPS = ("data", "model", "method", "optimization", "performance", "checkpoints", "logging")
 """The headings of the options, in the order of ``--help``."""
-Choices = Sequence[str] | Callable[[], Sequence[str]]
 
 
 class Role(enum.Flag):
@@ -41,55 +40,20 @@ EXECUTION = Role.RESUME | Role.REPEAT
 
 
 @dataclass(frozen=True)
-class Info:
-    """The metadata of a field.
+class Info(Limits):
+    """The metadata of a field; the limits are of the value, or of each value of a tuple.
 
     Attributes:
         help: for ``--help`` and the documentation.
         group: the heading it is listed under.
         unset: meaning of None, for optional fields.
-        ge, gt, le, lt: bounds of the value, or of each value of a tuple.
-        choices: allowed words, or a function that returns them.
         role: see ``Role``.
     """
 
     help: str
     group: str
     unset: str = ""
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
-    choices: Choices = ()
     role: Role = Role.NONE
-
-    def words(self) -> Sequence[str]:
-        """The allowed words; empty where any value is allowed."""
-        return self.choices() if callable(self.choices) else self.choices
-
-    def bounds(self) -> str:
-        """The bounds in words, e.g. "in [0, 1)"; empty without any."""
-        low = self.ge if self.ge is not None else self.gt
-        high = self.le if self.le is not None else self.lt
-        if low is None:
-            return ""
-        if high is None:
-            if self.ge is not None:
-                return f"at least {low:g}"
-            return "a positive number" if low == 0 else f"above {low:g}"
-        left = "[" if self.ge is not None else "("
-        right = "]" if self.le is not None else ")"
-        return f"in {left}{low:.10g}, {high:.10g}{right}"
-
-    def allows(self, value: float) -> bool:
-        """True if a number is finite and within the bounds."""
-        return (
-            math.isfinite(value)
-            and (self.ge is None or value >= self.ge)
-            and (self.gt is None or value > self.gt)
-            and (self.le is None or value <= self.le)
-            and (self.lt is None or value < self.lt)
-        )
 
 
 @dataclass(frozen=True)
