@@ -107,8 +107,9 @@ class ResidentLoader(LoaderBase):
         return self._make_batch(step)
 
     def compile(self) -> None:
-        """Make batches in ``gather`` by few kernels, with ``torch.compile``."""
-        self._make_batch = torch.compile(self._batch)
+        """Make batches in ``gather`` by few kernels, with ``torch.compile``; once is enough."""
+        if self._make_batch == self._batch:
+            self._make_batch = torch.compile(self._batch)
 
     def _batch(self, step: Tensor) -> Batch:
         start = step * self._step

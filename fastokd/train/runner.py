@@ -45,10 +45,11 @@ class StepRunner:
         Yields:
             The number of batches done, after each.
         """
+        on_gpu = self.step.device.type == "cuda"
+        if self.step.options.compile and on_gpu and hasattr(loader, "compile"):
+            loader.compile()
         if self.captures and hasattr(loader, "gather"):
             gathering: Any = loader
-            if self.step.options.compile and hasattr(loader, "compile"):
-                gathering.compile()
             self._position.fill_(begin)
             for done in watch(range(begin + 1, len(loader) + 1)):
                 self._run(("gather", gathering.side), partial(self._gather_and_step, gathering))
