@@ -1,5 +1,5 @@
-"""Makes the helpers beside the tests importable by name (graph_catalog, graph_strategy, oracles) in
-every import mode, and skips GPU tests without one.
+"""Makes the helpers next to the tests importable by name (graph_catalog, graph_strategy, oracles)
+in every import mode, and skips GPU tests without one.
 """
 
 import os

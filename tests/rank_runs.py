@@ -138,8 +138,8 @@ def train(
 
 
 def resume(folder: Path, processes: int | None = None) -> Trainer:
-    """The rest of a run, on the images that the test gives, which have no name; of ``processes``,
-    the first ones, if it says so.
+    """The rest of a run, on the images that the test gives, which have no name; with
+    ``processes`` of the first ones only.
     """
     state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
     state["ranks"] = state["ranks"][:processes]
