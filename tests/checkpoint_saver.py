@@ -62,7 +62,7 @@ def _checksum(weights: dict[str, torch.Tensor]) -> str:
 
 
 def number_of(state: dict[str, Any]) -> int:
-    """Which state this is; it is whole."""
+    """The number of a state, which is checked to be complete."""
     number = state["epoch"]
     assert _checksum(state["model"]) == state["config_hash"]
     expected = make_state(number, len(state["model"]["trunk"]))
@@ -164,7 +164,7 @@ def _forked(work: Callable[[int], object]) -> tuple[int, int]:
 
 
 def _reports(process: int, read: int) -> tuple[list[str], bool]:
-    """What a process reported until its end, and whether it was killed."""
+    """The reports of a process until its end, and whether it was killed."""
     with os.fdopen(read) as file:
         lines = file.read().split("\n")[:-1]
     _, status = os.waitpid(process, 0)

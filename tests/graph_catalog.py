@@ -83,7 +83,7 @@ class Inputs:
         )
 
     def leaves(self) -> list[Tensor]:
-        """What gradients are taken for: the logits, then the weights."""
+        """The differentiated tensors: the logits, then the weights."""
         return [*self.logits, *self.weights.values()]
 
 

@@ -227,7 +227,7 @@ def constants(case: Case) -> dict[str, Tensor]:
 def loss_inputs(
     case: Case, companion: MethodModules | None, leaves: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """What the loss takes beside logits and target."""
+    """Inputs of the loss besides logits and target."""
     given = constants(case)
     if companion is None:
         return given

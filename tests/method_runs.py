@@ -1,4 +1,4 @@
-"""What every method's tests ask of it: that a real step lowers the loss, and that a short run
+"""Checks of every method: that a real step lowers the loss, and that a short run
 resumes exactly.
 """
 

@@ -136,7 +136,7 @@ def run(rank: int, size: int) -> dict[str, object]:
 
 
 def one_step_fits(lacks_memory: bool) -> bool:
-    """Whether a step fits, where the last process has no memory for its second half."""
+    """Check that a step fits, where the last process has no memory for its second half."""
 
     def out_of_memory(*_: object) -> None:
         raise torch.OutOfMemoryError("of this process alone")

@@ -175,7 +175,7 @@ def run_with_a_bad_step(config: TrainConfig, folder: Path) -> dict[str, Any]:
 
 
 def found(trainer: Trainer) -> dict[str, Any]:
-    """What a run ends with."""
+    """The final state of a run."""
     states = {
         "model": trainer.model.state_dict(),
         "criterion": trainer.step.criterion.state_dict(),

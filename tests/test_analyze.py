@@ -181,7 +181,7 @@ def analyze(capsys):
 
 
 def everything(folder):
-    """What the model says about all images at once, and the labels: a pass of its own, not through
+    """The model's output for all images at once, and the labels: a pass of its own, not through
     the loader.
     """
     run = load_run(folder, device="cpu")

@@ -331,7 +331,7 @@ def test_loss_call_with_bad_argument_is_refused(case: str) -> None:
 
 
 def test_valid_call_is_accepted() -> None:
-    """What the bad calls vary: without this, they might all fail for one and the same reason."""
+    """Valid calls, which the bad ones vary: without them, all might fail for one reason."""
     assert call()().isfinite()
     assert call(scores=None, ta_logits=rows(2, 4, 5))().isfinite()
 

@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    """What a dry run of all parts leaves, and what it and a second one print."""
+    """The files of a dry run of all parts, and the output of it and of a second one."""
     folder = tmp_path_factory.mktemp("gpu")
     arguments = ["--dry-run", "--out", str(folder / "out"), "--runs", str(folder / "runs")]
     assert main(arguments) == 0
@@ -868,7 +868,7 @@ def test_gpu_test_groups_run_every_test_once(tmp_path):
 
 
 def _is_selected(words: str, test: str) -> bool:
-    """Whether pytest's ``-k`` selects a test, for expressions of ``not``, ``and`` and names."""
+    """Check if pytest's ``-k`` selects a test, for expressions of ``not``, ``and`` and names."""
     parts = [part.strip() for part in words.split(" and ")] if words else []
     return all((part.removeprefix("not ") in test) != part.startswith("not ") for part in parts)
 

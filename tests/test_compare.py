@@ -42,7 +42,7 @@ def runs(sample_runs, tmp_path):
 
 
 def said(capsys, *arguments):
-    """What the command line prints, without the latencies, which take seconds."""
+    """Output of the command line without the latencies, which take seconds."""
     assert main(["compare", *map(str, arguments), "--no-latency"]) == 0
     return capsys.readouterr().out
 

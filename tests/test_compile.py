@@ -115,7 +115,7 @@ def test_tensor_ramp_up_does_not_recompile(impl: str) -> None:
 
 
 def test_compiled_operator_is_one_call() -> None:
-    """What the kernels fuse, the compiler must not take apart."""
+    """The compiler must not split fused kernels."""
     calls: list[str] = []
 
     def backend(module: torch.fx.GraphModule, _: list) -> object:

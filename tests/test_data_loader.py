@@ -522,7 +522,7 @@ def test_gather_from_step_yields_batches_of_epoch():
 
 
 def test_gather_uses_only_tensor_operations():
-    """What a captured graph replays: a trace of one step in one epoch gives every other, once the
+    """Replay of a captured graph: a trace of one step in one epoch gives every other, once the
     epoch is drawn.
     """
     settings = {"views": 2, "mixup": 0.4, "cutmix": 1.0, "num_classes": 7}

@@ -57,7 +57,7 @@ def ended(folder, name, rank=0):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """What one process ends with, for one of the configurations."""
+    """The final state of one process, for one of the configurations."""
 
     def run(name):
         before = torch.are_deterministic_algorithms_enabled()
@@ -318,7 +318,7 @@ def test_two_nodes_train_together(folder, tmp_path):
 
 
 def complaints(errors):
-    """What fastokd says on stderr, without what each process says when it hears a signal."""
+    """Messages of fastokd on stderr, without those of each process about a signal."""
     return [
         line
         for line in errors.splitlines()

@@ -49,7 +49,7 @@ ELSEWHERE = {
 do.
 """
 PROGRAMS = ("fastokd", "make", "pip")
-"""What a line of a block that is run may start with; that make's targets exist is looked at
+"""Words that may start a line of an executed block; that make's targets exist is looked at
 apart.
 """
 
@@ -138,7 +138,7 @@ def workplace(tmp_path_factory):
 
 
 def given_names(page: str) -> dict[str, object]:
-    """What a page's snippets take for granted."""
+    """The variables that a page's snippets use."""
     target = torch.tensor([0, 1, 2, 0])
     if page == "README.md":
         images = torch.randn(4, 3, 32, 32)
@@ -221,7 +221,7 @@ def test_commands_and_snippets_run(workplace, monkeypatch):
 
 
 def run_snippet(block: Block, names: dict[str, object]) -> str:
-    """What a snippet prints."""
+    """Run a snippet; returns its output."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         exec(compile(block.text, block.where, "exec"), names)
@@ -291,7 +291,7 @@ def test_skipped_commands_are_valid(block, monkeypatch):
 
 
 def words_of(pattern: str) -> set[str]:
-    """What a pattern finds in the inline code of all pages."""
+    """The matches of a pattern in the inline code of all pages."""
     return {
         word
         for path in PAGES

@@ -202,7 +202,7 @@ def test_soft_targets_and_half_precision(variant):
     ],
 )
 def test_wrong_targets_are_refused(target, message):
-    """Where the target is used before the graph sees it."""
+    """Wrong targets of variants that use the target before the graph."""
     rows = list(torch.randn(2, 4, 6))
     with pytest.raises((TypeError, ValueError), match=message):
         KDCLLoss(2, "linear")(rows, target)

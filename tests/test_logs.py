@@ -95,7 +95,7 @@ class TestCsv:
 
 
 def scalars(folder):
-    """What TensorBoard's own reader finds: {tag: [(step, value)]}, and the text of the
+    """The content as read by TensorBoard: {tag: [(step, value)]}, and the text of the
     configuration.
     """
     from tensorboard.backend.event_processing import plugin_event_accumulator

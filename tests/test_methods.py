@@ -1,4 +1,4 @@
-"""What a method asks of the model and the trainer: layouts, its own modules, extra terms, and what
+"""Requests of a method to model and trainer: layouts, its own modules, extra terms, and what
 it remembers.
 """
 

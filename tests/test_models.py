@@ -286,7 +286,7 @@ def test_bf16_autocast(method):
 
 
 class CountedAdds(TorchDispatchMode):
-    """How often a model's counters of batches are added to in place."""
+    """Number of times a model's counters of batches are added to in place."""
 
     def __init__(self, model):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What happens between a backward and a forward pass: the published updates, clipped, left out
+"""Updates between a backward and a forward pass: the published updates, clipped, left out
 where something is not finite, in every layout.
 """
 

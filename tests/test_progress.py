@@ -1,4 +1,4 @@
-"""What a person sees of a run: the numbers, the live table in any terminal, the plain lines, and
+"""Displayed progress of a run: the numbers, the live table in any terminal, the plain lines, and
 log.txt.
 """
 

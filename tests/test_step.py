@@ -64,7 +64,7 @@ def weights(step):
 
 
 def difference(one, other, start):
-    """How far the parameters of two trainings are apart, as a fraction of how far the second moved
+    """Distance between the parameters of two trainings, as a fraction of how far the second moved
     them.
     """
     one, other, start = (

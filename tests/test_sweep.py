@@ -48,7 +48,7 @@ def sweep(out: Path, *arguments: str) -> int:
 
 
 def order(root: Path, orders: dict[str, str]) -> None:
-    """What runs in folders below ``root`` do, see ``fake_training``."""
+    """The behavior of runs in folders below ``root``, see ``fake_training``."""
     (root / "orders.json").write_text(json.dumps(orders))
 
 

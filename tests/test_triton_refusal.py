@@ -1,4 +1,4 @@
-"""What the Triton executor says where it cannot run."""
+"""Messages of the Triton executor where it cannot run."""
 
 import os
 

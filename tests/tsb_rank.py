@@ -32,7 +32,7 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
 
 
 def run(rank: int, size: int) -> dict[str, torch.Tensor]:
-    """What this process remembers in the end, the sum over its samples of loss and gradient in
+    """The memory of this process at the end, the sum over its samples of loss and gradient in
     every step, and what the last reads.
     """
     criterion = TSBLoss(impl="reference")

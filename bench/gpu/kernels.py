@@ -118,7 +118,7 @@ def make_inputs(
 
 
 Cases = dict[str, tuple[Callable[[], Any], bool]]
-"""What is called, and whether in a CUDA graph, by name."""
+"""The measured calls by name, and whether each is in a CUDA graph."""
 
 
 def _graph_cases(context: Context, graph: Graph, inputs: Inputs, passes: Sequence[str]) -> Cases:

@@ -81,7 +81,7 @@ class Results:
     ) -> None:
         self.path = path
         self.note = ""
-        """What happened to an existing file; empty for none."""
+        """A message about an existing file, or empty."""
         self._entries = entries
         self._now = environment(device)
         self._new = {

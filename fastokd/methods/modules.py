@@ -16,7 +16,7 @@ class BranchOutput(NamedTuple):
     extras: Mapping[str, Any] = {}
     """The output of the method's modules, by the keywords of the method's loss."""
     context: Any = None
-    """What ``MethodModules.run`` keeps for ``MethodModules.forward``; None in a model's output."""
+    """Data of ``MethodModules.run`` for ``MethodModules.forward``; None in a model's output."""
 
     @property
     def scores(self) -> tuple[Tensor, ...]:

@@ -30,7 +30,7 @@ from fastokd.train.launch import launched
 T = TypeVar("T")
 
 MEET_MINUTES = 10
-"""How long processes wait for the others to start."""
+"""Time that processes wait for the others to start."""
 
 
 @dataclass(frozen=True)

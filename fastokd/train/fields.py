@@ -36,7 +36,7 @@ class Role(enum.Flag):
 
 
 EXECUTION = Role.RESUME | Role.REPEAT
-"""Where and how a run is executed, without an influence on its results."""
+"""Roles of fields about the execution of a run, without an influence on its results."""
 
 
 @dataclass(frozen=True)

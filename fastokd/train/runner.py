@@ -28,7 +28,7 @@ class StepRunner:
         self.step = step
         self.captures = step.options.cuda_graph
         self.reason_against_capture = ""
-        """Why capturing failed; empty if it did not."""
+        """The reason why capturing failed, or empty."""
         self._report = report
         self._captured: dict[Hashable, CapturedStep] = {}
         self._static: dict[Hashable, Batch] = {}

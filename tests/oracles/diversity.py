@@ -1,4 +1,4 @@
-"""What an analysis measures, in NumPy float64 with scikit-learn and SciPy, or counted image by
+"""The measures of an analysis, in NumPy float64 with scikit-learn and SciPy, or counted image by
 image.
 """
 

@@ -1,4 +1,4 @@
-"""What FFSD's and AFID's own modules compute, in NumPy; conventions as in ``gates``.
+"""The modules of FFSD and AFID in NumPy; conventions as in ``gates``.
 
 ``stop`` marks what is detached, so a complex step finds the gradients that should be there.
 """

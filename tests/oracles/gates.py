@@ -1,4 +1,4 @@
-"""What the methods' own modules compute, in NumPy: gates on feature maps, attention between peers.
+"""The methods' modules in NumPy: gates on feature maps, attention between peers.
 Training mode throughout.
 
 Maps are [B, c, H, W], pooled features [B, c]; ``p`` holds a module's parameters by the names of its

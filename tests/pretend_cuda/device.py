@@ -30,7 +30,7 @@ class Record(NamedTuple):
     captures: list[list[int]]
     """For each capture the numbers of nodes of its streams."""
     synchronizations: dict[str, int]
-    """How often the host waited for the device, by the call."""
+    """Number of times the host waited for the device, by the call."""
 
     @property
     def kernels(self) -> int:
