@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastokd._moved import renamed_property
 from fastokd.data import Batch, Loader
 from fastokd.data.dataset import split_off
 from fastokd.errors import ConfigError, FastOKDError, Preempted, first_line, summarize
@@ -534,6 +535,8 @@ class Trainer:
             text = f"corrupt training images replaced so far: {len(replaced)}"
             self.reporter.print(f"{text}; new: {summarize(names[self._replaced :])}")
             self._replaced = len(replaced)
+
+    kept = renamed_property("Trainer.kept", "student_name")
 
     def summary(self) -> Summary:
         """The result of the epochs so far."""
