@@ -20,7 +20,7 @@ import torch
 
 from bench.gpu import accuracy, data, environment, kernels, profile, step, tests
 from bench.gpu.part import Context, OutOfMinutes, Part, Refused
-from bench.gpu.results import ROOT, Results, identity
+from bench.gpu.results import ROOT, Results, check_writable, identity
 from fastokd.data import absolute_spec
 from fastokd.errors import (
     EXIT_INTERRUPTED,
@@ -31,7 +31,6 @@ from fastokd.errors import (
     did_you_mean,
     first_line,
 )
-from fastokd.storage import write_atomically
 
 PARTS: dict[str, Part] = {
     module.PART.name: module.PART
@@ -162,7 +161,7 @@ def run_parts(options: argparse.Namespace) -> int:
     os.chdir(ROOT)  # where the tests are
     # Errors are reported now, not after the minutes of other parts.
     for folder in (context.out, context.runs):
-        _check_writable(folder)
+        check_writable(folder)
     chosen = [PARTS[name] for name in options.parts or PARTS]
     refusals = {part.name: part.refusal(context) for part in chosen}
     for part in chosen:
@@ -263,9 +262,3 @@ def _check_answering(device: torch.device, error: str) -> None:
             f"the GPU answers no more after '{error}' ({first_line(lost)}); the rows so far are"
             " kept: call again, in a new process"
         ) from lost
-
-
-def _check_writable(folder: Path) -> None:
-    probe = folder / ".writable"
-    write_atomically(probe, lambda file: file.write(b""), durable=False)
-    probe.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ import torch
 
 from fastokd.errors import first_line
 from fastokd.experiments.timing import processor
-from fastokd.storage import storage_error, write_json
+from fastokd.storage import storage_error, write_atomically, write_json
 from fastokd.train.run_folder import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +49,17 @@ def identity(device: torch.device, sources: Sequence[str] = ()) -> dict[str, Any
         **{name: now[name] for name in ("device", "python", "torch", "triton", "cuda", "cudnn")},
         "code": code_identity(sources),
     }
+
+
+def check_writable(folder: Path) -> None:
+    """Check that files can be written to a folder, before anything is measured.
+
+    Raises:
+        StorageError: they cannot.
+    """
+    probe = folder / ".writable"
+    write_atomically(probe, lambda file: file.write(b""), durable=False)
+    probe.unlink(missing_ok=True)
 
 
 class Results:

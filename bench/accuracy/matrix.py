@@ -1,0 +1,249 @@
+"""The runs of a matrix and its result file."""
+
+import json
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import yaml
+
+from bench.accuracy.presets import Preset
+from bench.gpu.results import check_writable
+from fastokd.errors import ConfigError
+from fastokd.experiments.analysis.runs import SAME_RUN, Run
+from fastokd.experiments.analysis.tables import Table, spread
+from fastokd.experiments.sweep.plan import Plan, Record, Results, plan_runs
+from fastokd.experiments.sweep.queue import Job
+from fastokd.models import create_model
+from fastokd.models.summary import forward_flops
+from fastokd.storage import write_json
+from fastokd.train.build import model_layout
+from fastokd.train.config import TrainConfig, config_from_mapping, differences
+from fastokd.train.run_folder import read_json_object
+
+Entry = dict[str, Any]
+
+
+def measured(run: Run) -> Entry:
+    """The results of a finished run.
+
+    Returns:
+        ``student`` (the name of its accuracy), the accuracies in [0, 1] of every row of logits
+        after the ``last`` epoch and after the student's ``best`` (``best_epoch`` is numbered from
+        1), the ``seconds`` of training alone, the ``images_per_second`` of the median epoch, the
+        ``flops`` of training, and versions and machine.
+    """
+    environment, speeds = run.environment, [each["images_per_second"] for each in run.records]
+    names = ("fastokd", "commit", "python", "torch", "device", "platform", "cpus", "threads")
+    return {
+        "epochs": run.config.epochs,
+        "student": run.student,
+        "last": run.last["eval"],
+        "best": run.best["eval"],
+        "best_epoch": run.best["epoch"] + 1,
+        "seconds": round(run.seconds, 1),
+        "images_per_second": round(statistics.median(speeds), 1),
+        "flops": training_flops(run),
+        "environment": {name: environment.get(name) for name in names},
+    }
+
+
+def training_flops(run: Run) -> int:
+    """The FLOPs of training: of all trained networks, three forward passes for each image."""
+    layout = model_layout(run.config)
+    with torch.device("meta"):
+        model = create_model(run.config.model, num_classes=run.data["num_classes"], **layout)
+    forward = forward_flops(model, (3, *run.data["image_size"]))
+    steps = run.data["num_images"]["train"] // run.config.batch_size
+    return 3 * forward * steps * run.config.batch_size * run.config.epochs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix(Plan):
+    """The runs of a preset: those whose results the file lacks are trained.
+
+    Attributes:
+        preset: the rows and their order.
+        file: the result file. Unlike ``out``, the run folders, it is committed.
+        wanted: the rows and seeds to train now, in this order.
+    """
+
+    kind: ClassVar[str] = "accuracy"
+
+    preset: Preset
+    file: Path
+    wanted: tuple[tuple[str, int], ...]
+
+    @property
+    def queue(self) -> list[Job]:
+        """The runs of ``wanted`` that the file lacks."""
+        existing = {(entry["row"], entry["seed"]) for entry in self.content["runs"]}
+        jobs = {(row, job.config.seed): job for row in self.jobs for job in self.jobs[row]}
+        return [jobs[each] for each in self.wanted if each not in existing]
+
+    @property
+    def record(self) -> Record:
+        return {"format": "fastokd accuracy 1", "preset": self.preset.name}
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The content of the result file; without runs if it does not exist.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        empty = {"preset": self.preset.name, "data": {}, "settings": {}, "runs": []}
+        if not self.file.exists():
+            return empty
+        found = read_json_object(self.file)
+        if not empty.keys() <= found.keys():
+            raise ConfigError(f"{self.file} is damaged; restore it from git, or delete it")
+        return found
+
+    def check(self) -> None:
+        """As ``Plan.check``, and check that the result file has the same settings and images."""
+        content = self.content
+        if content["preset"] != self.preset.name:
+            raise ConfigError(
+                f"{self.file} is of the preset {content['preset']}, not {self.preset.name}; pass"
+                " another --out"
+            )
+        for row, settings in content["settings"].items():
+            if row in self.jobs:
+                before = config_from_mapping(settings, f"{self.file}, row '{row}'")
+                if changed := differences(before, _settings(self.jobs[row][0].config)):
+                    raise ConfigError(
+                        f"{self.file} has results of the row '{row}' with other settings (in the"
+                        f" file, now: {'; '.join(changed)}); add a row for these settings instead"
+                    )
+        fingerprint = content["data"].get("fingerprint")
+        if fingerprint and fingerprint != self.images.fingerprint:
+            raise ConfigError(
+                f"{self.file} has results on other images ({content['data']['name']}, fingerprint"
+                f" {fingerprint[:12]}) than --data has now ({self.images.fingerprint[:12]}); pass"
+                " the same images, or another --out"
+            )
+        super().check()
+
+    @property
+    def images(self) -> Any:
+        """The dataset of all runs."""
+        return self._dataset(next(iter(self.jobs.values()))[0].config)
+
+    def results(self, failed: Mapping[str, str]) -> "MatrixResults":
+        return MatrixResults(self.measured(failed), (), self.out, self)
+
+
+def _settings(config: TrainConfig) -> TrainConfig:
+    """The configuration without the fields that may differ between the runs of a row."""
+    defaults = TrainConfig()
+    return replace(config, **{name: getattr(defaults, name) for name in SAME_RUN})
+
+
+def plan_matrix(
+    preset: Preset,
+    data: Path,
+    out: Path,
+    file: Path,
+    rows: tuple[str, ...] = (),
+    seeds: int | None = None,
+) -> Matrix:
+    """Plan the runs of a preset.
+
+    Args:
+        preset: the matrix.
+        data: the prepared images.
+        out: for the run folders.
+        file: the result file.
+        rows: only these rows; all if empty.
+        seeds: only seeds below this number.
+
+    Raises:
+        ConfigError: an unknown row, or nothing is left to train.
+        StorageError: a folder cannot be written.
+    """
+    for row in rows:
+        if row not in preset.rows:
+            raise ConfigError(f"unknown row '{row}' of {preset.name}: {', '.join(preset.rows)}")
+    wanted = tuple(
+        (row, seed)
+        for row, seed in preset.runs
+        if (not rows or row in rows) and (seeds is None or seed < seeds)
+    )
+    if not wanted:
+        raise ConfigError(f"--seeds {seeds}: must be at least 1")
+    jobs = {}
+    for row in preset.rows:
+        own = [seed for name, seed in preset.runs if name == row]
+        folder = row.replace(", ", "-").replace(" ", "-")
+        jobs[row] = plan_runs(out, folder, preset.config(row, str(data.absolute())), own)
+    for folder in (out, file.parent):
+        check_writable(folder)
+    return Matrix(
+        out=out,
+        jobs=jobs,
+        rows=tuple(dict.fromkeys(row for row, _ in wanted)),
+        seeds=max(seed for _, seed in wanted) + 1,
+        preset=preset,
+        file=file,
+        wanted=wanted,
+    )
+
+
+@dataclass(frozen=True)
+class MatrixResults(Results):
+    """The finished runs; ``write`` adds them to the result file."""
+
+    matrix: Matrix
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of the result file with the finished runs, in the order of the preset."""
+        content = self.matrix.content
+        runs = {(entry["row"], entry["seed"]): entry for entry in content["runs"]}
+        for row, each in self.measured.items():
+            for run in each.runs:
+                key = (row, run.config.seed)
+                if key not in runs:
+                    runs[key] = {"row": row, "seed": run.config.seed, **measured(run)}
+                    content["settings"][row] = _as_mapping(_settings(run.config))
+                    names = ("name", "num_images", "num_classes", "image_size", "fingerprint")
+                    content["data"] = {name: run.data[name] for name in names}
+        order = {pair: place for place, pair in enumerate(self.matrix.preset.runs)}
+        content["runs"] = sorted(
+            runs.values(), key=lambda entry: order.get((entry["row"], entry["seed"]), len(order))
+        )
+        return content
+
+    def write(self) -> None:
+        """Write the result file."""
+        write_json(self.matrix.file, self.as_json())
+
+    def files(self) -> dict[str, str]:
+        return {}
+
+    def tables(self) -> list[Table]:
+        """The errors of the students by row."""
+        entries = self.as_json()["runs"]
+        rows = []
+        for row in self.measured:
+            own = [entry for entry in entries if entry["row"] == row]
+            errors = [100 * (1 - entry["last"][entry["student"]]) for entry in own]
+            state = f"{len(own)} of {len(self.matrix.jobs[row])} seeds"
+            rows.append({"row": row, "runs": state, "error, last epoch": spread(errors)})
+        return [Table.of(f"{self.matrix.preset.title}: errors of the student in %", rows)]
+
+
+def _as_mapping(config: TrainConfig) -> dict[str, Any]:
+    """The configuration's fields that differ from their defaults, as JSON has them."""
+    fields = yaml.safe_load(config.to_yaml())
+    defaults = yaml.safe_load(TrainConfig().to_yaml())
+    different = {name: value for name, value in fields.items() if value != defaults[name]}
+    return json.loads(json.dumps(different))
+
+
+def devices(preset: Preset) -> list[torch.device]:
+    """The devices that the runs of a preset are trained on."""
+    return [torch.device(preset.base.device)]
