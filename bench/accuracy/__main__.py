@@ -5,7 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.accuracy.matrix import devices, plan_matrix
+import torch
+
+from bench.accuracy.matrix import plan_matrix
 from bench.accuracy.presets import PRESETS
 from bench.gpu.results import ROOT
 from fastokd.errors import ConfigError, FastOKDError
@@ -53,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             matrix.check()
             print(matrix.results({}).as_text())
             return 0
-        outcome = matrix.run(devices(preset), per_device, lambda line: print(line, flush=True))
+        outcome = matrix.run(
+            [torch.device("cpu")], per_device, lambda line: print(line, flush=True)
+        )
         print(matrix.results(outcome.failed).as_text())
         return outcome.exit_code
     except FastOKDError as error:

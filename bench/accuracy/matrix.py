@@ -179,7 +179,8 @@ def plan_matrix(
     for row in preset.rows:
         own = [seed for name, seed in preset.runs if name == row]
         folder = row.replace(", ", "-").replace(" ", "-")
-        jobs[row] = plan_runs(out, folder, preset.config(row, str(data.absolute())), own)
+        config = replace(preset.rows[row], data=str(data.absolute()))
+        jobs[row] = plan_runs(out, folder, config, own)
     for folder in (out, file.parent):
         check_writable(folder)
     return Matrix(
@@ -242,8 +243,3 @@ def _as_mapping(config: TrainConfig) -> dict[str, Any]:
     defaults = yaml.safe_load(TrainConfig().to_yaml())
     different = {name: value for name, value in fields.items() if value != defaults[name]}
     return json.loads(json.dumps(different))
-
-
-def devices(preset: Preset) -> list[torch.device]:
-    """The devices that the runs of a preset are trained on."""
-    return [torch.device(preset.base.device)]

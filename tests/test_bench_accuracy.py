@@ -1,0 +1,253 @@
+"""``bench.accuracy`` trains what its result file lacks, and refuses to mix settings or images."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bench.accuracy import __main__ as command
+from bench.accuracy import presets
+from bench.accuracy.images import cifar10, image_list
+from bench.accuracy.matrix import plan_matrix
+from bench.accuracy.presets import PRESETS, TINY_IMAGENET, Preset
+from fastokd.errors import ConfigError
+from fastokd.experiments.analysis.runs import read_run
+from fastokd.models import create_model
+from fastokd.train.config import TrainConfig, check_config
+from fastokd.train.progress import Reporter
+from fastokd.train.run_folder import RunFolder
+from fastokd.train.session import begin_run
+
+SMALL = TrainConfig(
+    model="resnet8", aux_blocks=1, epochs=2, batch_size=16, device="cpu", precision="fp32"
+)
+
+
+def write_images(root, splits=("train", "test"), count=16, seed=0):
+    """Two classes of random 8 x 8 images; returns the folder."""
+    rng = np.random.default_rng(seed)
+    for split in splits:
+        for label in ("dark", "light"):
+            (root / split / label).mkdir(parents=True)
+            for index in range(count):
+                low = 0 if label == "dark" else 128
+                pixels = rng.integers(low, low + 128, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / label / f"{index:03}.png")
+    return root
+
+
+def small_preset(**changes):
+    """A matrix of three runs that take a few seconds."""
+    base = dataclasses.replace(SMALL, method="baseline")
+    preset = Preset(
+        name="small",
+        title="Two classes",
+        images=lambda images, folder: image_list(images, folder / "small.csv", 8, "test"),
+        rows={"alone": base, "ahbf, two": dataclasses.replace(SMALL, branches=2)},
+        order=((("alone",), (0, 1)), (("ahbf, two",), (0,))),
+    )
+    return dataclasses.replace(preset, **changes)
+
+
+def call(root, monkeypatch, *arguments, preset=None, images="images", out="results.json"):
+    """Run the command on ``root``; returns its exit code."""
+    preset = preset or small_preset()
+    monkeypatch.setitem(command.PRESETS, "small", preset)
+    paths = {"--data": root / images, "--runs": root / "runs", "--out": root / out}
+    options = [str(text) for pair in paths.items() for text in pair]
+    return command.main(["small", *options, *arguments])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with images, the runs of ``small_preset`` and their result file."""
+    root = tmp_path_factory.mktemp("accuracy")
+    write_images(root / "images")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert call(root, monkeypatch) == 0
+    return root
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of ``trained`` with the result file and images, without run folders."""
+    shutil.copytree(trained / "images", tmp_path / "images")
+    shutil.copy(trained / "results.json", tmp_path)
+    return tmp_path
+
+
+def read(root):
+    return json.loads((root / "results.json").read_text())
+
+
+def test_result_file_has_every_run_in_order_with_its_record(trained):
+    found = read(trained)
+    assert [(entry["row"], entry["seed"]) for entry in found["runs"]] == [
+        ("alone", 0),
+        ("alone", 1),
+        ("ahbf, two", 0),
+    ]
+    assert found["data"]["num_images"] == {"train": 16, "test": 32}
+    entry = found["runs"][2]
+    records = RunFolder(trained / "runs" / "matrix" / "runs" / "ahbf-two-seed0").read_metrics()
+    assert entry["last"] == records[-1]["eval"]
+    assert entry["best"] == records[entry["best_epoch"] - 1]["eval"]
+    assert entry["student"] == "branch1"
+    assert "ta2" in entry["last"]
+    assert entry["seconds"] == pytest.approx(sum(each["seconds"] for each in records), abs=0.06)
+    assert entry["environment"]["torch"] == torch.__version__
+    assert found["settings"]["ahbf, two"]["branches"] == 2
+    assert "data" not in found["settings"]["alone"]
+
+
+def test_training_flops_are_three_forward_passes_of_every_image(trained):
+    """Multiply-adds are counted by hand: hooks on convolutions and linear layers."""
+
+    def forward_flops(model):
+        total = 0
+
+        def count(module, _, output):
+            nonlocal total
+            per_output = module.weight.numel() // module.weight.shape[0]
+            total += 2 * per_output * output.numel()
+
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+                module.register_forward_hook(count)
+        model.eval()(torch.zeros(1, 3, 8, 8))
+        return total
+
+    alone = create_model("resnet8", method="baseline", num_classes=2)
+    images, epochs = 16, 2
+    assert read(trained)["runs"][0]["flops"] == 3 * forward_flops(alone) * images * epochs
+
+
+def test_finished_rows_are_not_trained_again(copied, monkeypatch):
+    before = (copied / "results.json").read_bytes()
+    assert call(copied, monkeypatch) == 0
+    assert (copied / "results.json").read_bytes() == before
+    assert not (copied / "runs" / "matrix" / "runs").exists()
+
+
+def test_missing_run_is_trained_and_others_are_kept(copied, monkeypatch):
+    found = read(copied)
+    removed = found["runs"].pop(1)
+    (copied / "results.json").write_text(json.dumps(found))
+    assert call(copied, monkeypatch) == 0
+    now = read(copied)["runs"]
+    assert [now[0], now[2]] == found["runs"]
+    assert (now[1]["seed"], now[1]["last"]) == (1, removed["last"])  # the same bits
+    assert [each.name for each in (copied / "runs/matrix/runs").iterdir()] == ["alone-seed1"]
+
+
+def test_stopped_run_is_resumed(copied, monkeypatch):
+    """A run of which only the first epoch is left ends like the run that was not stopped."""
+    found = read(copied)
+    removed = found["runs"].pop(0)
+    (copied / "results.json").write_text(json.dumps(found))
+    preset = small_preset()
+    data = preset.images(copied / "images", copied / "runs" / "images")
+    runs = copied / "runs" / "matrix"
+    matrix = plan_matrix(preset, data, runs, copied / "results.json")
+    (job,) = matrix.queue
+    # The command is stopped after the first epoch, as by a signal.
+
+    begin_run(job.config, job.path, job.name, Reporter(quiet=True)).run(until=1)
+    (runs / "accuracy.json").write_text(json.dumps({**matrix.record, "data": {}}))
+    assert call(copied, monkeypatch) == 0
+    assert read_run(job.path).epochs == 2
+    assert read(copied)["runs"][0]["last"] == removed["last"]
+
+
+@pytest.mark.parametrize("change", [("alone", "lr", 0.2), ("ahbf, two", "branches", 3)])
+def test_changed_settings_of_row_with_results_are_refused(copied, monkeypatch, capsys, change):
+    row, field, value = change
+    rows = small_preset().rows
+    rows = {**rows, row: dataclasses.replace(rows[row], **{field: value})}
+    before = (copied / "results.json").read_bytes()
+    assert call(copied, monkeypatch, preset=small_preset(rows=rows)) == 2
+    message = capsys.readouterr().err
+    assert f"results of the row '{row}'" in message
+    assert {"lr": "lr: 0.1, 0.2", "branches": "branches: 2, 3"}[field] in message
+    assert (copied / "results.json").read_bytes() == before
+
+
+def test_other_images_are_refused(copied, monkeypatch, capsys):
+    write_images(copied / "others", seed=1)
+    assert call(copied, monkeypatch, images="others") == 2
+    assert "results on other images" in capsys.readouterr().err
+
+
+def test_unwritable_result_folder_is_refused_before_training(copied, monkeypatch, capsys):
+    (copied / "file").write_text("")
+    assert call(copied, monkeypatch, out="file/results.json") != 0
+    assert "file" in capsys.readouterr().err
+    assert not (copied / "runs" / "matrix" / "runs").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"preset": "small"}'])
+def test_damaged_result_file_is_refused(copied, monkeypatch, capsys, text):
+    (copied / "results.json").write_text(text)
+    assert call(copied, monkeypatch) == 2
+    assert "damaged" in capsys.readouterr().err
+    assert (copied / "results.json").read_text() == text
+
+
+def test_unknown_row_and_numbers_below_one_are_refused(copied, monkeypatch, capsys):
+    for arguments in (["--rows", "alon"], ["--seeds", "0"], ["--per-device", "0"]):
+        assert call(copied, monkeypatch, *arguments) == 2
+        assert arguments[1] in capsys.readouterr().err
+
+
+def test_image_list_takes_first_files_of_each_class(tmp_path):
+    write_images(tmp_path / "images", count=4)
+    path = image_list(tmp_path / "images", tmp_path / "list.csv", 2, "test")
+    head, *lines = path.read_text().splitlines()
+    assert head == "path,label,split"
+    assert [line.rpartition("/")[2] for line in lines if line.endswith(",train")] == [
+        "000.png,dark,train",
+        "001.png,dark,train",
+        "000.png,light,train",
+        "001.png,light,train",
+    ]
+    assert sum(line.endswith(",test") for line in lines) == 8
+    with pytest.raises(ConfigError, match="4 images; 5 are needed"):
+        image_list(tmp_path / "images", tmp_path / "list.csv", 5, "test")
+    with pytest.raises(ConfigError, match="val/CLASS"):
+        image_list(tmp_path / "images", tmp_path / "list.csv", 2, "val")
+
+
+def test_missing_archive_names_the_option(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.accuracy.images.ARCHIVES", (tmp_path / "none",))
+    with pytest.raises(ConfigError, match=r"no cifar10-jpeg\.tar\.xz.*--data"):
+        cifar10(None, tmp_path / "images")
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_presets_are_valid_and_every_row_is_trained(preset):
+    for config in preset.rows.values():
+        check_config(config)
+    assert {row for row, _ in preset.runs} == set(preset.rows)
+
+
+def test_student_alone_at_equal_compute_costs_as_much_as_ahbf():
+    """The ratio is counted on the real networks, with the profiler of torch."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(**options):
+        model = create_model("resnet8", num_classes=100, **options).eval()
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, 3, 32, 32))
+        return counter.get_total_flops()
+
+    ratio = flops(method="ahbf", num_branches=4, aux_blocks=1) / flops(method="baseline")
+    epochs = {
+        row: TINY_IMAGENET.rows[row].epochs
+        for row in (presets.ALONE, presets.AHBF, presets.EQUAL_COMPUTE)
+    }
+    assert epochs[presets.ALONE] == epochs[presets.AHBF] == 20
+    assert epochs[presets.EQUAL_COMPUTE] == round(20 * ratio)
