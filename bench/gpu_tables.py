@@ -356,7 +356,7 @@ def accuracy_tables(path: Path) -> list[str]:
                 _errors(run["last"][student] for run in runs),
                 _errors(run["best"][student] for run in runs),
                 published.reported(),
-                short(statistics.mean(run["minutes"] for run in runs)),
+                short(statistics.mean(run["seconds"] for run in runs) / 60),
                 short(statistics.median(run["images_per_second"] for run in runs)),
             )
         )

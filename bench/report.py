@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import gpu_tables, machine_code, roofline
+from bench.accuracy import tables as accuracy
 from bench.pages import columns, page_with, short, update
 from bench.plots import draw_speedups
 from bench.suite_tables import (
@@ -41,6 +42,8 @@ README = ROOT / "README.md"
 FIGURE_FOLDER = PAGE.parent / "figures"
 RESULTS = ROOT / "bench" / "results"
 KERNEL_COUNTS = ROOT / "tests" / "kernel_counts.json"
+ACCURACY_FILES = "accuracy-*-cpu.json"
+"""The result files of ``bench.accuracy``."""
 END = "<!-- end -->"
 
 
@@ -287,7 +290,10 @@ def blocks() -> dict[str, list[str]]:
 
 def accuracy_blocks() -> dict[str, list[str]]:
     """The same for the page of accuracies."""
-    return {"accuracy": _of_part(gpu_tables.accuracy_tables, "accuracy") or NOT_MEASURED}
+    return {
+        "accuracy": _of_part(gpu_tables.accuracy_tables, "accuracy") or NOT_MEASURED,
+        "accuracy on CPUs": _of_each(accuracy.accuracy_tables, ACCURACY_FILES),
+    }
 
 
 def readme_blocks() -> dict[str, list[str]]:
@@ -322,6 +328,9 @@ def figures() -> dict[Path, tuple[dict[str, Any], Callable[[Mapping[str, Any], P
         }
     for path in sorted(RESULTS.glob("loss-*.json")):
         found[_speedup_figure(path)] = (speedups(path), draw_speedups)
+    for path in sorted(RESULTS.glob(ACCURACY_FILES)):
+        figure = FIGURE_FOLDER / f"{path.stem}.svg"
+        found[figure] = (accuracy.frontier(path), accuracy.draw_frontier)
     return found
 
 

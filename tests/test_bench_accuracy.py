@@ -3,19 +3,23 @@
 import dataclasses
 import json
 import shutil
+import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import ttest_rel
 
 from bench.accuracy import __main__ as command
-from bench.accuracy import presets
+from bench.accuracy import presets, tables
 from bench.accuracy.images import cifar10, image_list
-from bench.accuracy.matrix import plan_matrix
+from bench.accuracy.matrix import measured, plan_matrix
 from bench.accuracy.presets import PRESETS, TINY_IMAGENET, Preset
 from fastokd.errors import ConfigError
-from fastokd.experiments.analysis.runs import read_run
+from fastokd.experiments.analysis.figures import shows
+from fastokd.experiments.analysis.runs import Run, read_run
 from fastokd.models import create_model
 from fastokd.train.config import TrainConfig, check_config
 from fastokd.train.progress import Reporter
@@ -102,6 +106,31 @@ def test_result_file_has_every_run_in_order_with_its_record(trained):
     assert entry["environment"]["torch"] == torch.__version__
     assert found["settings"]["ahbf, two"]["branches"] == 2
     assert "data" not in found["settings"]["alone"]
+
+
+def test_metrics_of_run_are_computed():
+    records = [
+        {
+            "epoch": epoch,
+            "seconds": 30.0,
+            "images_per_second": speed,
+            "eval": {"branch1": student, "ta2": 0.5},
+        }
+        for epoch, (speed, student) in enumerate([(10.0, 0.6), (100.0, 0.9), (110.0, 0.8)])
+    ]
+    data = {"num_classes": 2, "image_size": [8, 8], "num_images": {"train": 16}}
+    config = dataclasses.replace(SMALL, epochs=3)
+    found = measured(Run(Path("run"), config, tuple(records), "branch1", {}, data, {}, ()))
+    expected = {
+        "epochs": 3,
+        "student": "branch1",
+        "last": {"branch1": 0.8, "ta2": 0.5},
+        "best": {"branch1": 0.9, "ta2": 0.5},
+        "best_epoch": 2,
+        "seconds": 90.0,
+        "images_per_second": 100.0,
+    }
+    assert {name: found[name] for name in expected} == expected
 
 
 def test_training_flops_are_three_forward_passes_of_every_image(trained):
@@ -251,3 +280,68 @@ def test_student_alone_at_equal_compute_costs_as_much_as_ahbf():
     }
     assert epochs[presets.ALONE] == epochs[presets.AHBF] == 20
     assert epochs[presets.EQUAL_COMPUTE] == round(20 * ratio)
+
+
+# --- tables and figure
+
+
+def made_up(tmp_path):
+    """A result file of a preset with made-up errors; returns its path."""
+
+    def run(row, seed, error, flops, ensemble=None):
+        last = {"branch1": 1 - error / 100}
+        if ensemble is not None:
+            last["ensemble"] = 1 - ensemble / 100
+        best = {"branch1": 1 - (error - 1) / 100}
+        machine = {"torch": "2.14", "commit": "abc", "device": "cpu"}
+        record = {"student": "branch1", "last": last, "best": best, "best_epoch": 1}
+        cost = {"epochs": 20, "flops": flops, "seconds": 1800.0, "environment": machine}
+        return {"row": row, "seed": seed, **record, **cost}
+
+    alone, equal, ahbf = presets.ALONE, presets.EQUAL_COMPUTE, presets.AHBF
+    taught = (63.0, 65.0, 62.5)
+    longer = {"epochs": 40, "flops": 8 * 10**15}
+    runs = [
+        *(run(alone, seed, error, 4 * 10**15) for seed, error in enumerate((65.0, 66.0, 64.0))),
+        *(run(equal, seed, error, 16 * 10**15) for seed, error in enumerate((60.0, 61.0))),
+        *(run(ahbf, seed, error, 16 * 10**15, 62.0) for seed, error in enumerate(taught)),
+        {**run("alone, 40 epochs", 0, 62.0, 0), **longer},
+    ]
+    found = {
+        "preset": TINY_IMAGENET.name,
+        "data": {"num_images": {"train": 20_000, "val": 5_000}, "num_classes": 100},
+        "settings": {
+            alone: {"method": "baseline", "epochs": 20, "lr": 0.05},
+            equal: {"method": "baseline", "epochs": 85, "lr": 0.05},
+            ahbf: {"method": "ahbf", "epochs": 20, "lr": 0.05},
+            "alone, 40 epochs": {"method": "baseline", "epochs": 40, "lr": 0.05},
+        },
+        "runs": runs,
+    }
+    path = tmp_path / "accuracy-x-cpu.json"
+    path.write_text(json.dumps(found))
+    return path
+
+
+def test_table_has_differences_at_equal_epochs_and_equal_compute(tmp_path):
+    text = "\n".join(tables.accuracy_tables(made_up(tmp_path)))
+    p = ttest_rel([63.0, 65.0, 62.5], [65.0, 66.0, 64.0]).pvalue
+    equal = ttest_rel([63.0, 65.0], [60.0, 61.0]).pvalue
+    assert (
+        "| ahbf, paper | 0, 1, 2 | 20 | 63.50 +- 1.32 | 62.50 +- 1.32 | 62.00 +- 0.00 | 4.00 |"
+        f" -1.50 +- 0.50 (n=3, p={p:.2g}) | +3.50 +- 0.71 (n=2, p={equal:.2g}) | 0.5 |" in text
+    )
+    assert "| alone, 40 epochs | 0 | 40 | 62.00 | 61.00 | - | 2.00 | -3.00 (n=1) |" in text
+    assert "20,000 train and 5,000 val images of 100 classes" in text
+    assert "Not trained yet: ahbf, code, one" in text
+
+
+def test_figure_joins_rows_that_differ_only_in_epochs(tmp_path):
+    data = tables.frontier(made_up(tmp_path))
+    alone, ahbf = data["series"][presets.ALONE], data["series"][presets.AHBF]
+    assert [point["petaflops"] for point in alone] == [4.0, 8.0, 16.0]
+    assert [point["error"] for point in alone] == pytest.approx([65.0, 62.0, 60.5])
+    assert [point["seeds"] for point in alone] == [3, 1, 2]
+    assert ahbf[0]["deviation"] == pytest.approx(statistics.stdev([63.0, 65.0, 62.5]))
+    figure = tables.draw_frontier(data, tmp_path / "figure.svg")
+    assert shows(figure, data)

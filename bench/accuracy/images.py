@@ -43,6 +43,11 @@ def cifar10(images: Path | None, folder: Path) -> Path:
     return image_list(source, folder / "cifar10-jpeg.csv", train=1000, evaluated="test")
 
 
+def find_archive(name: str) -> Path | None:
+    """The path of an archive in the first of ``ARCHIVES`` that has it; None if none has."""
+    return next((folder / name for folder in ARCHIVES if (folder / name).is_file()), None)
+
+
 def unpacked(archives: Iterable[str], folder: Path, inside: str = "") -> Path:
     """The folder with the content of archives, unpacked once.
 
@@ -60,11 +65,11 @@ def unpacked(archives: Iterable[str], folder: Path, inside: str = "") -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         (content := Path(temporary, "content")).mkdir()
         for name in archives:
-            paths = [place / name for place in ARCHIVES if (place / name).is_file()]
-            if not paths:
-                where = " or ".join(str(place) for place in ARCHIVES)
+            path = find_archive(name)
+            if path is None:
+                where = " or ".join(map(str, ARCHIVES))
                 raise ConfigError(f"no {name} in {where}; pass the unpacked images with --data")
-            with tarfile.open(paths[0]) as archive:
+            with tarfile.open(path) as archive:
                 archive.extractall(content, filter="data")
         (content / inside).rename(folder)
     return folder

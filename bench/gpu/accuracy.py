@@ -8,23 +8,20 @@ still there.
 
 import dataclasses
 import signal
-import statistics
-import tarfile
-import tempfile
 from collections.abc import Callable, Iterator
 from datetime import datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.accuracy.images import find_archive, unpacked
+from bench.accuracy.matrix import measured
 from bench.gpu.part import Context, OutOfMinutes, Part, Refused, Row
-from bench.gpu.results import ROOT, Results
+from bench.gpu.results import Results
 from fastokd.data.registry import get_dataset_kind, resolve
 from fastokd.errors import Preempted
+from fastokd.experiments.analysis.runs import read_run
 from fastokd.experiments.recipes import get_recipe
 from fastokd.train.config import TrainConfig
 from fastokd.train.progress import Reporter
-from fastokd.train.run_folder import RunFolder
-from fastokd.train.runs import load_run
 from fastokd.train.session import begin_run
 from fastokd.train.signals import StopSignals
 from fastokd.train.trainer import RunIsFinished
@@ -33,11 +30,9 @@ EPOCHS = 60
 """The default of the plan: by estimate, five runs then take about ten minutes on one H200. The
 papers use 300.
 """
-ARCHIVES = tuple(
-    folder / "shared" / "data" / "cifar10-jpeg.tar.xz" for folder in (ROOT, ROOT.parent)
-)
-"""Without ``--data``: the images of CIFAR-10 as JPEG files in folders train/CLASS and test/CLASS.
-The first archive that exists is used; a borrowed machine receives only the checkout's folder.
+ARCHIVE = "cifar10-jpeg.tar.xz"
+"""Without ``--data``: the images of CIFAR-10 as JPEG files in folders train/CLASS and test/CLASS,
+next to the checkout or in it (a borrowed machine receives only the checkout's folder).
 """
 SEEDS = 3
 """The papers' number of runs."""
@@ -109,16 +104,10 @@ def _data(context: Context) -> str | None:
     """
     if context.data is not None or context.dry:
         return context.data or "digits"
-    folder = context.runs / ARCHIVES[-1].name.partition(".")[0]
-    found = next((path for path in ARCHIVES if path.is_file()), None)
-    if found is not None and not folder.is_dir():
-        with (
-            tempfile.TemporaryDirectory(dir=context.runs) as unpacked,
-            tarfile.open(found) as archive,
-        ):
-            archive.extractall(images := Path(unpacked) / "images", filter="data")
-            images.rename(folder)
-    return str(folder) if folder.is_dir() else None
+    folder = context.runs / ARCHIVE.partition(".")[0]
+    if not folder.is_dir() and find_archive(ARCHIVE) is None:
+        return None
+    return str(unpacked([ARCHIVE], folder))
 
 
 def _refusal(context: Context) -> str | None:
@@ -129,8 +118,8 @@ def _refusal(context: Context) -> str | None:
     """
     if (data := _data(context)) is None:
         return (
-            f"no --data, and no {ARCHIVES[-1]}: give the folder of the CIFAR-10 images, or"
-            " cifar10:FOLDER"
+            f"no --data, and no {ARCHIVE} in a folder shared/data: give the folder of the CIFAR-10"
+            " images, or cifar10:FOLDER"
         )
     resolve(data)
     return None
@@ -186,9 +175,8 @@ def _train(
         )
         _note_data(context, results, trainer.dataset.describe())
         trainer.run()
-        student = trainer.student_name
     except RunIsFinished:  # and its row was lost
-        student = load_run(folder).evaluator.reported
+        pass
     except Preempted:
         if signals.heard:
             raise
@@ -201,10 +189,8 @@ def _train(
         "preset": config.preset,
         "recipe": run.recipe,
         "seed": seed,
-        "epochs": config.epochs,
         "branches": config.num_branches(),
-        "student": student,
-        **measured(RunFolder(folder).read_metrics(), student),
+        **measured(read_run(folder)),
     }
 
 
@@ -229,27 +215,12 @@ def _note_data(context: Context, results: Results, about: dict[str, Any]) -> Non
         )
 
 
-def measured(records: list[dict[str, Any]], student: str) -> dict[str, Any]:
-    """The results of a run: the accuracies in [0, 1] of every row of logits after the last
-    epoch and after the student's best (numbered from 1), the minutes of training alone, and the
-    images per second of the median epoch.
-    """
-    best = max(records, key=lambda record: record["eval"][student])
-    return {
-        "last": records[-1]["eval"],
-        "best": best["eval"],
-        "best_epoch": best["epoch"] + 1,
-        "minutes": sum(record["seconds"] for record in records) / 60,
-        "images_per_second": statistics.median(record["images_per_second"] for record in records),
-    }
-
-
 def _line(row: dict[str, Any]) -> str:
     error = {when: 100 * (1 - row[when][row["student"]]) for when in ("last", "best")}
     return (
-        f"student's error {error['last']:.2f} %, best {error['best']:.2f} %; {row['minutes']:.1f}"
-        f" minutes, {row['images_per_second']:,.0f} images/s"
+        f"student's error {error['last']:.2f} %, best {error['best']:.2f} %;"
+        f" {row['seconds'] / 60:.1f} minutes, {row['images_per_second']:,.0f} images/s"
     )
 
 
-PART = Part("accuracy", 2.5, _rows, _line, _refusal)
+PART = Part("accuracy", 2.5, _rows, _line, _refusal, sources=("bench/accuracy",))

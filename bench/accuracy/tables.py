@@ -1,0 +1,221 @@
+"""Tables and the figure of a result file of ``bench.accuracy``, for the pages."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.accuracy.presets import ALONE, EQUAL_COMPUTE, PRESETS
+from bench.gpu.results import ROOT
+from fastokd.experiments.analysis.figures import require_matplotlib, save_svg
+from fastokd.experiments.analysis.tables import markdown_table, spread
+
+
+class Row(NamedTuple):
+    """The finished runs of a row.
+
+    Attributes:
+        name: of the row.
+        settings: its configuration, without defaults.
+        errors: of the student after the last epoch in %, by seed.
+        best: the same after the student's best epoch.
+        ensemble: the same of the ensemble after the last epoch; empty without one.
+        epochs: of each run.
+        flops: of training, of each run.
+        hours: of training, the mean over the runs.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    errors: Mapping[int, float]
+    best: Mapping[int, float]
+    ensemble: Sequence[float]
+    epochs: int
+    flops: int
+    hours: float
+
+
+def read_rows(found: Mapping[str, Any]) -> dict[str, Row]:
+    """The rows of a result file by name, in the file's order."""
+    rows = {}
+    for name in dict.fromkeys(run["row"] for run in found["runs"]):
+        runs = [run for run in found["runs"] if run["row"] == name]
+        rows[name] = Row(
+            name,
+            found["settings"][name],
+            {run["seed"]: _error(run["last"][run["student"]]) for run in runs},
+            {run["seed"]: _error(run["best"][run["student"]]) for run in runs},
+            [_error(run["last"]["ensemble"]) for run in runs if "ensemble" in run["last"]],
+            runs[0]["epochs"],
+            runs[0]["flops"],
+            statistics.mean(run["seconds"] for run in runs) / 3600,
+        )
+    return rows
+
+
+def _error(accuracy: float) -> float:
+    return 100 * (1 - accuracy)
+
+
+def accuracy_tables(path: Path) -> list[str]:
+    """The lines of the page about a result file: its table, and its figure."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = read_rows(found)
+    preset = PRESETS[found["preset"]]
+    alone, equal = rows.get(ALONE), rows.get(EQUAL_COMPUTE)
+    lines = [
+        (
+            row.name,
+            ", ".join(map(str, sorted(row.errors))),
+            str(row.epochs),
+            spread([*row.errors.values()]),
+            spread([*row.best.values()]),
+            spread(row.ensemble),
+            f"{row.flops / alone.flops:.2f}" if alone else "-",
+            _difference(row, alone),
+            _difference(row, equal),
+            f"{row.hours:.1f}",
+        )
+        for row in rows.values()
+    ]
+    head = (
+        "row",
+        "seeds",
+        "epochs",
+        "student's error, %",
+        "best epoch, %",
+        "ensemble's error, %",
+        f"training FLOPs / {ALONE}",
+        f"difference to {ALONE}",
+        f"difference to {EQUAL_COMPUTE}",
+        "hours",
+    )
+    return [
+        f"### {preset.title}",
+        "",
+        _setting(path, found),
+        "",
+        *markdown_table([head, *lines]),
+        (
+            "Errors are of the last epoch, mean +- sample standard deviation over the seeds; the"
+            " best epoch is selected on the evaluation images and therefore optimistic. Differences"
+            " are in percentage points over the shared seeds (negative: a better student), with"
+            " the p-value of a two-sided paired t-test. Training FLOPs count three forward passes"
+            " of all trained networks for each image. Hours are of training on a shared machine."
+        ),
+        "",
+        *([_missing(rows, preset.rows), ""] if _missing(rows, preset.rows) else []),
+        f"![{preset.title}: error over training compute](figures/{path.stem}.svg)",
+        "",
+    ]
+
+
+def _setting(path: Path, found: Mapping[str, Any]) -> str:
+    """The data, the shared settings, and the versions of a result file."""
+    counts = [f"{count:,} {name}" for name, count in found["data"]["num_images"].items()]
+    shared = found["settings"].get(ALONE, {})
+    settings = ", ".join(
+        f"{name} {shared[name]}"
+        for name in ("batch_size", "schedule", "lr", "weight_decay", "precision")
+        if name in shared
+    )
+    machines = [run["environment"] for run in found["runs"]]
+    versions = ", ".join(dict.fromkeys(each["torch"] for each in machines))
+    commits = ", ".join(dict.fromkeys(str(each["commit"]) for each in machines))
+    where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+    return (
+        f"{' and '.join(counts)} images of {found['data']['num_classes']} classes; {settings}"
+        f" (other settings: the defaults of `fastokd train`); {machines[0]['device']}, torch"
+        f" {versions}; commit {commits}; `{where}`, made by `python -m bench.accuracy"
+        f" {found['preset']}`."
+    )
+
+
+def _difference(row: Row, reference: Row | None) -> str:
+    """The mean difference of the errors over shared seeds, with n and p."""
+    if reference is None or row is reference:
+        return "-"
+    seeds = [seed for seed in row.errors if seed in reference.errors]
+    differences = [row.errors[seed] - reference.errors[seed] for seed in seeds]
+    text = f"{spread(differences, '+')} (n={len(seeds)}"
+    if len(seeds) < 2 or len(set(differences)) < 2:
+        return f"{text})" if seeds else "-"
+    from scipy.stats import ttest_1samp
+
+    return f"{text}, p={ttest_1samp(differences, 0).pvalue:.2g})"
+
+
+def _missing(rows: Mapping[str, Row], planned: Mapping[str, Any]) -> str:
+    names = [name for name in planned if name not in rows]
+    return f"Not trained yet: {', '.join(names)}." if names else ""
+
+
+# --- the figure
+
+
+def frontier(path: Path) -> dict[str, Any]:
+    """The data of the figure: series of points, the rows that differ only in epochs."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    series: dict[str, list[dict[str, Any]]] = {}
+    labels: dict[str, str] = {}
+    for row in read_rows(found).values():
+        settings = {name: value for name, value in row.settings.items() if name != "epochs"}
+        label = labels.setdefault(json.dumps(settings, sort_keys=True), row.name)
+        errors = [*row.errors.values()]
+        point = {
+            "petaflops": row.flops / 1e15,
+            "error": statistics.mean(errors),
+            "deviation": statistics.stdev(errors) if len(errors) > 1 else 0.0,
+            "epochs": row.epochs,
+            "seeds": len(errors),
+        }
+        series.setdefault(label, []).append(point)
+    for points in series.values():
+        points.sort(key=lambda point: point["petaflops"])
+    return {"title": PRESETS[found["preset"]].title, "series": series}
+
+
+def draw_frontier(data: Mapping[str, Any], path: Path) -> Path:
+    """Draw the student's error over the training compute, as an SVG file.
+
+    Args:
+        data: see ``frontier``. Series with several points are lines, with their epochs.
+        path: the file.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+        StorageError: the file cannot be written.
+    """
+    plt = require_matplotlib()
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    markers = "osD^vP*Xdph<>"
+    for place, (label, points) in enumerate(data["series"].items()):
+        x, y, deviation = (
+            [point[name] for point in points] for name in ("petaflops", "error", "deviation")
+        )
+        axes.errorbar(
+            x,
+            y,
+            yerr=deviation,
+            label=label,
+            marker=markers[place % len(markers)],
+            linestyle="-" if len(points) > 1 else "none",
+            capsize=3,
+        )
+        if len(points) > 1:
+            for point in points:
+                axes.annotate(
+                    f"{point['epochs']}",
+                    (point["petaflops"], point["error"]),
+                    xytext=(5, 5),
+                    textcoords="offset points",
+                    fontsize="x-small",
+                )
+    axes.set_xscale("log")
+    axes.set_xlabel("training compute, PFLOPs (numbers at points: epochs)")
+    axes.set_ylabel("student's error in the last epoch, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    axes.set_title(f"{data['title']}; bars: sample standard deviation", fontsize="medium")
+    return save_svg(plt, figure, path, data)
