@@ -148,7 +148,7 @@ def test_accuracy_rows_have_errors_of_every_branch(everything):
     for row in found["rows"]:
         assert row["last"].keys() == row["best"].keys()
         assert row["student"] in row["last"]
-        assert row["images_per_second"] > 0 < row["minutes"]
+        assert row["images_per_second"] > 0 < row["seconds"]
 
 
 def test_dry_run_results_make_all_tables(everything, monkeypatch):
