@@ -111,4 +111,21 @@ def test_auto_precision_follows_the_gpu(monkeypatch, capability, precision):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert choose_precision(TrainConfig(), GPU) == precision
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [
+        ({"avx512_f": True, "avx512_bf16": False}, "fp32"),
+        ({"avx512_f": True, "avx512_bf16": True}, "bf16"),
+        ({"amx_tile": True, "amx_bf16": True}, "bf16"),
+        ({"neon": True}, "fp32"),
+    ],
+    ids=["avx512", "avx512-bf16", "amx", "arm"],
+)
+def test_auto_precision_follows_the_cpu(monkeypatch, capabilities, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert choose_precision(TrainConfig(), torch.device("cpu")) == precision
+    assert choose_precision(TrainConfig(precision="fp32"), torch.device("cpu")) == "fp32"
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert choose_precision(TrainConfig(), torch.device("cpu")) == "fp32"

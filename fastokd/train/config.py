@@ -173,7 +173,8 @@ class TrainConfig:
     device: str = PERFORMANCE("auto", "Device: auto, cpu, cuda or cuda:N", role=EXECUTION)
     precision: str = PERFORMANCE(
         "auto",
-        "Number format; auto: bf16 on a GPU (fp16 on V100 and T4), fp32 on a CPU",
+        "Number format; auto: bf16 where the device has it, else fp16 on a GPU with tensor cores"
+        " (V100, T4), else fp32",
         choices=("auto", "fp32", "tf32", "bf16", "fp16"),
         role=SPEED,
     )

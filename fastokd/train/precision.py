@@ -25,12 +25,23 @@ def choose_precision(config: TrainConfig, device: torch.device) -> str:
         capability = torch.cuda.get_device_capability(device)
     # Compute capability 8.0 introduced bfloat16 and TF32 units, 7.0 tensor cores for float16.
     if config.precision == "auto":
-        if device.type != "cuda" or capability < (7, 0):
+        if device.type != "cuda":
+            return "bf16" if has_bf16_arithmetic() else "fp32"
+        if capability < (7, 0):
             return "fp32"
         return "bf16" if capability >= (8, 0) else "fp16"
     if config.precision == "tf32" and (device.type != "cuda" or capability < (8, 0)):
         raise ConfigError(f"precision=tf32: {device} has no TF32 units; use fp32 or bf16")
     return config.precision
+
+
+def has_bf16_arithmetic() -> bool:
+    """True if this machine's CPU has instructions for bfloat16 products (AVX-512 BF16 or AMX).
+
+    Elsewhere bfloat16 is emulated, and slower than float32. False if PyTorch cannot tell.
+    """
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def image_dtype(precision: str) -> torch.dtype:
