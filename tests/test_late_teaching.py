@@ -269,6 +269,23 @@ def test_identity_without_late_teaching_is_unchanged():
     assert ("teach_from", 0.5) in identity_fields(CONFIG)
 
 
+def test_step_is_built_again_at_the_start_of_teaching(tmp_path, digits, monkeypatch):
+    """All networks are compiled, and no captured graph of the student alone is left."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    trainer = make(dataclasses.replace(CONFIG, compile=True), tmp_path / "run", digits)
+    alone, runner = trainer.model, trainer.runner
+    assert compiled == [alone.trunk, alone.branches[0]]
+    runner.reason_against_capture = "another step"
+    trainer.run(until=2)
+    trainer._start_teaching()
+    model = trainer.model
+    assert compiled[2:] == [model.trunk, model.companion, *model.branches]
+    assert trainer.runner.step is trainer.step
+    assert trainer.runner.reason_against_capture == ""
+    assert trainer.step.options.compile
+
+
 # --- stops and resuming
 
 
