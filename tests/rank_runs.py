@@ -65,6 +65,8 @@ CONFIGS = {
     "skip": dataclasses.replace(SMALL, epochs=1, on_nonfinite="skip"),
     "stop": SMALL,
     "average": dataclasses.replace(SMALL, ema=0.9, mixup=0.2),
+    "late": dataclasses.replace(SMALL, teach_from=1.0),
+    "later": dataclasses.replace(SMALL, epochs=3, teach_from=2.0),
     "tsb": dataclasses.replace(
         SMALL, epochs=1, method="tsb", branches=None, ramp_epochs=0, device_batch=8
     ),

@@ -101,6 +101,16 @@ def test_compiled_steps_follow_capture_rules(name: str, streams: bool) -> None:
     assert faults(result, num_streams(name, streams)) == {}
 
 
+def test_step_is_captured_again_when_teaching_starts() -> None:
+    fields = {"method": "ahbf", "branches": 3, "aux_blocks": 1, "compile": False}
+    (result,) = run("teach_late", [fields])
+    assert faults(result["alone"], 1) == {}
+    assert "separate streams" not in result["alone"]["options"]
+    assert faults(result["taught"], 3) == {}
+    assert "branches on separate streams, parameters in one tensor" in result["taught"]["options"]
+    assert result["freed"] > 0
+
+
 @STREAMS
 def test_failed_capture_leaves_no_memory_behind(streams: bool) -> None:
     fields = {"method": "ahbf", "streams": streams, "compile": False}

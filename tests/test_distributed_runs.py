@@ -31,6 +31,10 @@ NAMES = {
         "plain@3",
         "average@3",
         "plain@-1",
+        "late",
+        "late@3",
+        "later",
+        "later@-1",
         "skip",
         "stop",
     ),
@@ -111,7 +115,7 @@ STATISTICS = ("running_mean", "running_var")
 
 
 @pytest.mark.parametrize(
-    "name", ["command", "plain", "synchronized", "parts", "average", "tsb", "kdcl", "skip"]
+    "name", ["command", "plain", "synchronized", "parts", "average", "late", "tsb", "kdcl", "skip"]
 )
 def test_processes_end_with_equal_state(folder, name):
     first = ended(folder, name)
@@ -165,10 +169,14 @@ def test_random_layers_differ_between_processes(folder):
     assert not torch.equal(first["rng"]["cpu"], second["rng"]["cpu"])
 
 
-@pytest.mark.parametrize(("name", "place"), [("plain@3", 5), ("average@3", 5), ("plain@-1", 8)])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("plain@3", 5), ("average@3", 5), ("plain@-1", 8), ("late@3", 5), ("later@-1", 8)],
+)
 def test_signal_to_one_process_stops_all_and_resumes(folder, name, place):
     """The signal comes after the third step's exchange: it is said after the fourth and followed
-    after the fifth. Eight are all.
+    after the fifth. Eight are all. The run "late" teaches from the second epoch, "later" from the
+    third.
     """
     for rank in (0, 1):
         stopped = ended(folder, name, rank)

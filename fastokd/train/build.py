@@ -1,12 +1,17 @@
-"""The network of a configuration."""
+"""The networks of a configuration, in both phases of a run with late teaching, and their cost."""
 
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastokd.models import BranchedModel, create_model
-from fastokd.train.config import TrainConfig
+from fastokd.models.summary import forward_flops
+from fastokd.train.config import TrainConfig, fields_with_role
+from fastokd.train.fields import Role
 
 
 def model_layout(config: TrainConfig) -> dict[str, Any]:
@@ -39,3 +44,47 @@ def build_model(
     )
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     return model.to(device).to(memory_format=memory_format)
+
+
+def meta_model(
+    config: TrainConfig, num_classes: int, teacher: nn.Module | None = None
+) -> BranchedModel:
+    """The model of ``build_model`` on the meta device: shapes without values."""
+    with torch.device("meta"):
+        return create_model(
+            config.model,
+            num_classes=num_classes,
+            teacher=None if teacher is None else copy.deepcopy(teacher).to("meta"),
+            **model_layout(config),
+        )
+
+
+def student_alone(config: TrainConfig) -> TrainConfig:
+    """The configuration of the epochs before ``teach_from``: the method "baseline"."""
+    defaults: dict[str, Any] = vars(TrainConfig())
+    changes = {name: defaults[name] for name in fields_with_role(Role.OF_METHOD)}
+    # A single branch has no other stream to run on, which is an error where it is requested.
+    return dataclasses.replace(config, **{**changes, "method": "baseline", "streams": None})
+
+
+def is_student_alone(config: TrainConfig, state: Mapping[str, Any]) -> bool:
+    """True if a checkpoint of a run with this configuration is of the epochs before
+    ``teach_from``, and so has no other branches.
+    """
+    start = config.teach_epoch()
+    within = bool(state["loader"])
+    return state["epoch"] < start or (state["epoch"] == start > 0 and not within)
+
+
+def training_flops_per_image(
+    config: TrainConfig, num_classes: int, image_size: Sequence[int]
+) -> float:
+    """FLOPs of the forward pass of one image through all trained networks, without a frozen
+    teacher: the mean over the epochs of the run. ``image_size`` is height and width.
+    """
+    size = (3, *image_size)
+    taught = forward_flops(meta_model(config, num_classes), size)
+    if not (start := config.teach_epoch()):
+        return taught
+    alone = forward_flops(meta_model(student_alone(config), num_classes), size)
+    return (start * alone + (config.epochs - start) * taught) / config.epochs

@@ -132,6 +132,13 @@ class TrainConfig:
         ge=0,
         role=OF_METHOD,
     )
+    teach_from: float = METHOD(
+        0.0,
+        "Start of the teaching: a fraction of the epochs, or a 0-based epoch from 1 on. Before, the"
+        " student is trained alone; 0: teach in all epochs",
+        ge=0,
+        role=TRAINED | OF_METHOD,
+    )
     seed: int = OPTIMIZATION(
         0, "Seed of initialization, order and augmentation", ge=0, lt=2**31, role=Role.REPEAT
     )
@@ -239,15 +246,21 @@ class TrainConfig:
         starts = [start for start in self.resize_schedule if start <= epoch]
         return self.resize_schedule[max(starts)] if starts else None
 
+    def teach_epoch(self) -> int:
+        """The 0-based epoch in which the teaching starts; 0 without late teaching."""
+        return round(self.teach_from * (self.epochs if self.teach_from < 1 else 1))
+
     def ramp_length(self) -> int:
-        """The length of the ramp-up in epochs."""
+        """The length of the ramp-up in epochs; by default the preset's, of the taught epochs."""
         if self.ramp_epochs is not None:
             return self.ramp_epochs
-        return _method(self).schedule.ramp_epochs(self.epochs, self.preset)
+        return _method(self).schedule.ramp_epochs(self.epochs - self.teach_epoch(), self.preset)
 
     def kd_weight_at(self, epoch: int) -> float:
-        """The factor of the scheduled terms in a 0-based epoch."""
-        return _method(self).schedule.kd_weight(epoch, self.ramp_length())
+        """The factor of the scheduled terms in a 0-based epoch; 0 before the teaching starts."""
+        if (taught := epoch - self.teach_epoch()) < 0:
+            return 0.0
+        return _method(self).schedule.kd_weight(taught, self.ramp_length())
 
     def model_names(self) -> list[str]:
         """The networks in ``model``: one, or one for each peer."""
@@ -298,17 +311,21 @@ RETIRED = {
     "merge_first_conv": Retired(False, "method_options", "merged first convolutions were removed")
 }
 
+ADDED = ("teach_from",)
+"""Fields that earlier versions did not have."""
+
 
 def identity_fields(config: TrainConfig) -> list[tuple[str, Any]]:
     """Names and values of the fields that may not change when a run is resumed; with retired
-    fields, so that hashes are the same in all versions.
+    fields and without unused added ones, so that hashes are the same in all versions.
     """
     retired = {field.before: (name, field.off) for name, field in RETIRED.items()}
     pairs = []
     for name, info in infos(config).items():
         if name in retired:
             pairs.append(retired[name])
-        if not info.role & Role.RESUME:
+        unused = name in ADDED and getattr(config, name) == getattr(TrainConfig, name)
+        if not info.role & Role.RESUME and not unused:
             pairs.append((name, getattr(config, name)))
     return pairs
 
@@ -385,7 +402,7 @@ def check_config(config: TrainConfig) -> None:
     check_method(config)
     for name, info in infos(config).items():
         check_value(name, getattr(config, name), info)
-    for is_broken, message in _rules(config):
+    for is_broken, message in (*_rules(config), *_late_teaching_rules(config)):
         if is_broken:
             raise ConfigError(message)
     check_impl(config.impl)
@@ -431,6 +448,38 @@ def _rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
     yield (
         any("\ud800" <= letter <= "\udfff" for letter in config.data),
         f"data={config.data!r}: the name is not valid UTF-8; rename the folder",
+    )
+
+
+def _late_teaching_rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
+    """The rules of ``teach_from``, as ``_rules``."""
+    if not config.teach_from:
+        return
+    method, start = _method(config), config.teach_epoch()
+    name = f"teach_from={config.teach_from:g}"
+    yield (
+        config.teach_from > 1 and config.teach_from != start,
+        f"{name}: it must be a fraction of the epochs below 1, or a whole number of epochs",
+    )
+    yield (
+        not 0 < start < config.epochs,
+        f"{name}: teaching would start in epoch {start + 1} of {config.epochs}; there must be at"
+        " least one epoch before it and one from it on",
+    )
+    branched = "branches" in method.topologies
+    yield (
+        (config.topology or method.topologies[0]) == "peers",
+        f"{name} and method '{config.method}': peers share no trunk that the student could train"
+        f" alone; use {'--topology branches' if branched else 'a method with branches, e.g. ahbf'}",
+    )
+    yield (
+        config.num_branches() == 1 and not method.needs_teacher,
+        f"{name} and method '{config.method}': no branch could teach; omit teach_from",
+    )
+    yield (
+        config.compression,
+        f"{name} and compression=True: branches with fewer blocks than the student cannot start as"
+        " copies of it; use one of them",
     )
 
 

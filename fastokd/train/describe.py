@@ -13,11 +13,21 @@ def describe_loss(criterion: MethodLoss, config: TrainConfig) -> str:
         for name, coefficient, scheduled in terms
     )
     if length := config.ramp_length():
-        line += f"; kd_weight is {config.kd_weight_at(0):.3g} in epoch 1"
+        first, last = config.teach_epoch(), config.teach_epoch() + length - 1
+        line += f"; kd_weight is {config.kd_weight_at(first):.3g} in epoch {first + 1}"
         if length > 1:
-            line += f", {config.kd_weight_at(length - 1):.3g} in epoch {length}"
+            line += f", {config.kd_weight_at(last):.3g} in epoch {last + 1}"
         line += " and 1 afterwards"
     return line
+
+
+def describe_late_teaching(config: TrainConfig) -> str:
+    """One line about the epochs before ``teach_from``."""
+    start = config.teach_epoch()
+    return (
+        f"late teaching: {start} of {config.epochs} epochs train the student alone; its part after"
+        f" the split is then copied into {config.num_branches()} branches, from epoch {start + 1}"
+    )
 
 
 def describe_extension(before: TrainConfig, config: TrainConfig, epoch: int) -> str:

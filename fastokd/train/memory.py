@@ -1,7 +1,6 @@
 """An estimate of a run's memory before it is allocated, and the largest batch that fits."""
 
 import bisect
-import copy
 import dataclasses
 import gc
 import os
@@ -18,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 from fastokd._moved import moved_names
 from fastokd.data import Batch, Dataset
 from fastokd.errors import ConfigError, OutOfMemory, first_line
-from fastokd.models import BranchedModel, create_model
+from fastokd.models import BranchedModel
 from fastokd.ranks import alone
 from fastokd.storage import available_memory, format_bytes
-from fastokd.train.build import build_model, model_layout
+from fastokd.train.build import build_model, meta_model
 from fastokd.train.config import TrainConfig
 from fastokd.train.data import AnyDataset
 from fastokd.train.distributed import BatchShare, Ranks, gather_states, share_of_batch
@@ -93,13 +92,7 @@ def estimate_memory(
     """
     share = share_of_batch(config, Ranks.current())
     network = teacher.network if teacher else None
-    with torch.device("meta"):
-        model = create_model(
-            config.model,
-            num_classes=len(dataset.classes),
-            teacher=None if network is None else copy.deepcopy(network).to("meta"),
-            **model_layout(config),
-        )
+    model = meta_model(config, len(dataset.classes), network)
     options = choose_step_options(config, model, device)
     trained = _bytes(parameter for parameter in model.parameters() if parameter.requires_grad)
     views = (config.views(),) if config.views() > 1 else ()

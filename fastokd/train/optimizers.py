@@ -170,8 +170,15 @@ def _settings(config: TrainConfig, model: BranchedModel) -> dict[str, _Settings]
         else:
             decay = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
             run.append((parameters, decay))
-    if names:
-        run.insert(0, ([(name, each) for each, name in names.items()], {}))
+    named = [(name, each) for each, name in names.items()]
+    parts = [named]
+    if config.teach_epoch() and config.optimizer != "sgd":
+        # With flat=True the parameters of a group share a step count, and new branches start at 0.
+        student = ("trunk.", f"branches.{model.kept}.")
+        parts = [
+            [pair for pair in named if pair[0].startswith(student) is own] for own in (True, False)
+        ]
+    run[:0] = [(part, {}) for part in parts if part]
     settings = {config.optimizer: run, "adam": adam}
     return {name: groups for name, groups in settings.items() if groups}
 

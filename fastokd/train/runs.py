@@ -12,7 +12,7 @@ from fastokd.data import Loader
 from fastokd.data.images import Progress
 from fastokd.errors import CheckpointError, ConfigError, summarize
 from fastokd.export import load_weights
-from fastokd.train.build import build_model
+from fastokd.train.build import build_model, is_student_alone, student_alone
 from fastokd.train.checkpoint import load_checkpoint, load_newest
 from fastokd.train.config import (
     TrainConfig,
@@ -25,6 +25,7 @@ from fastokd.train.data import AnyDataset, loader_for, open_data, with_augmentat
 from fastokd.train.distributed import Ranks, choose_device, from_main
 from fastokd.train.ema import StudentAverage
 from fastokd.train.fields import Role
+from fastokd.train.late_teaching import student_loss
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.step import BranchEvaluator
 from fastokd.train.teacher import Teacher
@@ -113,6 +114,7 @@ class LoadedRun:
     """A run's weights and images, ready for evaluation or export."""
 
     config: TrainConfig
+    """Of its networks: before ``teach_from`` that of ``student_alone``."""
     dataset: AnyDataset
     evaluator: BranchEvaluator
     loader: Loader
@@ -155,9 +157,12 @@ def load_run(
         state, file = load_checkpoint(run.best), run.best
     dataset = with_augmentation(config, open_data(config, where, state["data"], progress))
     check_classes(str(path), state, dataset)
+    criterion = None
+    if is_student_alone(config, state):
+        criterion, config = student_loss(config), student_alone(config)
     model = build_model(config, len(dataset.classes), where)
     load_weights(model, state["model"], str(file))
-    evaluator = BranchEvaluator(config, model.eval(), where)
+    evaluator = BranchEvaluator(config, model.eval(), where, criterion)
     if state["ema"]:
         evaluator.average = StudentAverage(model, config.ema)
         evaluator.average.load_state_dict(state["ema"])

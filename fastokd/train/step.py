@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastokd.data import Batch
 from fastokd.errors import CheckpointError, first_line
 from fastokd.export import load_weights
+from fastokd.losses.method_loss import MethodLoss
 from fastokd.methods import get_method
 from fastokd.methods.method import MethodBatch
 from fastokd.models import BranchedModel, BranchOutput
@@ -52,14 +53,22 @@ class Evaluation(NamedTuple):
 
 
 class BranchEvaluator:
-    """A branched model with the loss of its method, for evaluating every branch and mixture."""
+    """A branched model with the loss of its method (``criterion``: another loss), for evaluating
+    every branch and mixture.
+    """
 
-    def __init__(self, config: TrainConfig, model: BranchedModel, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: BranchedModel,
+        device: torch.device,
+        criterion: MethodLoss | None = None,
+    ) -> None:
         self.config = config
         self.method = get_method(config.method)
         self.model = model
         self.device = device = with_index(device)
-        self.criterion = build_loss(config).to(device)
+        self.criterion = (criterion or build_loss(config)).to(device)
         self.kept = self.criterion.graph.logits[model.kept]
         self.average: StudentAverage | None = None
         self.precision = choose_precision(config, device)
@@ -158,8 +167,9 @@ class TrainStep(BranchEvaluator):
         model: BranchedModel,
         device: torch.device,
         stored: StoredRows | None = None,
+        criterion: MethodLoss | None = None,
     ) -> None:
-        super().__init__(config, model, device)
+        super().__init__(config, model, device, criterion)
         self.stored, device = stored, self.device
         ranks = Ranks.current()
         self.share = share_of_batch(config, ranks)

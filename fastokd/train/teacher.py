@@ -15,7 +15,7 @@ from fastokd.errors import CheckpointError, ConfigError, first_line, summarize
 from fastokd.export import find_export, load_student, load_weights
 from fastokd.methods import get_method
 from fastokd.models.libraries import LIBRARIES, library_network, without_auxiliary
-from fastokd.train.build import build_model
+from fastokd.train.build import build_model, is_student_alone, student_alone
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, load_config
 from fastokd.train.data import AnyDataset
@@ -221,6 +221,8 @@ def _own_network(path: Path, dataset: AnyDataset) -> tuple[nn.Module, tuple[Any,
         state = load_checkpoint(path)
         classes, data = state["classes"], state["data"]
         config = load_config(state["config"], f"the configuration in {path}")
+        if is_student_alone(config, state):
+            config = student_alone(config)
         with torch.random.fork_rng(devices=[]):
             model = build_model(config, len(classes), torch.device("cpu"))
         load_weights(model, state["model"], str(path))

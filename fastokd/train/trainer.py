@@ -6,7 +6,6 @@ import itertools
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +13,10 @@ import torch
 from fastokd._moved import renamed_property
 from fastokd.data import Batch, Loader
 from fastokd.data.dataset import split_off
-from fastokd.errors import ConfigError, FastOKDError, Preempted, first_line, summarize
+from fastokd.errors import Preempted, first_line, summarize
 from fastokd.export import student_record, write_student
-from fastokd.models import find_backbone
-from fastokd.models.summary import check_images
 from fastokd.storage import write_json
-from fastokd.train.build import build_model
+from fastokd.train.build import is_student_alone
 from fastokd.train.cadence import Cadence, Due
 from fastokd.train.checkpoint import (
     CheckpointStore,
@@ -29,7 +26,7 @@ from fastokd.train.checkpoint import (
     snapshot,
     state_bytes,
 )
-from fastokd.train.config import TrainConfig, check_config, load_config
+from fastokd.train.config import TrainConfig, build_loss, check_config, load_config
 from fastokd.train.data import (
     AnyDataset,
     data_record,
@@ -39,7 +36,7 @@ from fastokd.train.data import (
     open_data,
     with_augmentation,
 )
-from fastokd.train.describe import describe_extension, describe_loss
+from fastokd.train.describe import describe_extension, describe_late_teaching, describe_loss
 from fastokd.train.distributed import (
     Ranks,
     choose_device,
@@ -49,48 +46,22 @@ from fastokd.train.distributed import (
     share_of_batch,
 )
 from fastokd.train.guard import NonFinite
+from fastokd.train.late_teaching import build_step, check_late_teaching, check_same_phase
 from fastokd.train.logs import MetricSink, check_sinks, open_sinks
 from fastokd.train.memory import describe_memory, fit_batch_size, is_out_of_memory, out_of_memory
+from fastokd.train.outcome import Interrupted, NonFiniteLoss, RunIsFinished, Summary
 from fastokd.train.progress import EpochProgress, Reporter, Throughput
 from fastokd.train.randomness import be_deterministic, random_state, set_random_state
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.runner import StepRunner
 from fastokd.train.runs import check_same_run, newest_checkpoint, provenance, run_identity
 from fastokd.train.signals import StopSignals
-from fastokd.train.step import TrainStep
 from fastokd.train.teacher import check_teacher, open_teacher, with_absolute_teacher
 
 MAX_SKIPPED = 20
 """Non-finite steps between two checks that ``on_nonfinite="skip"`` tolerates."""
 MAX_ROLLBACKS = 3
 """Rollbacks in one epoch that ``on_nonfinite="rollback"`` tolerates."""
-
-
-class NonFiniteLoss(FastOKDError, ArithmeticError):
-    """The loss became NaN or infinite; the last checkpoint was written before."""
-
-
-class RunIsFinished(ConfigError):
-    """The run already finished all its epochs; the message says how to extend it."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a run; the message says how to resume it."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The result of a run: accuracies in [0, 1] per branch and mixture, of the last epoch and of
-    the student's best epoch. The best epoch is optimistic if it is selected on a test set.
-    """
-
-    epochs: int
-    last: dict[str, float]
-    best: dict[str, float]
-    best_epoch: int
-    seconds: float
-    images_per_second: float
-    student: str
 
 
 class Trainer:
@@ -146,12 +117,9 @@ class Trainer:
             config = dataclasses.replace(config, batch_size=size)
             reporter.info(reason)
         self.config = config
-        network, rows = (teacher.network, teacher.rows) if teacher else (None, None)
-        self.model = build_model(config, len(self.dataset.classes), self.device, network)
-        smallest = max(find_backbone(name).image_size for name in config.model_names())
-        check_images(self.model, self.dataset.image_size, smallest)
-        self.step = TrainStep(config, self.model, self.device, rows)
-        self.runner = StepRunner(self.step, reporter.print)
+        if config.teach_epoch():
+            check_late_teaching(config, len(self.dataset.classes), self.device, teacher)
+        self._build_step(alone=config.teach_epoch() > 0)
         self._open_loaders()
         self.store: CheckpointStore | None = None
         if self.ranks.is_main:
@@ -169,6 +137,14 @@ class Trainer:
         self._trained = 0.0  # seconds of training in this epoch
         self._rollbacks = self._replaced = 0
 
+    def _build_step(self, alone: bool = False, student: Mapping[str, Any] | None = None) -> None:
+        """Build the networks and their step, see ``build_step``."""
+        self.step = build_step(
+            self.config, self.dataset, self.device, self.teacher, alone=alone, student=student
+        )
+        self.model = self.step.model
+        self.runner = StepRunner(self.step, self.reporter.print)
+
     def _open_loaders(self) -> None:
         def loader(split: Any, train: bool = False) -> Loader:
             return loader_for(
@@ -176,15 +152,21 @@ class Trainer:
             )
 
         images: Any = self.dataset.train
-        classes, criterion = self.dataset.classes, self.step.criterion
+        classes = self.dataset.classes
         self.num_held_out, self.held_out_loader = 0, None
-        if fraction := criterion.held_out_fraction:
+        if fraction := build_loss(self.config).held_out_fraction:
             images, held_out = split_off(images, classes, fraction, self.config.seed)
             self.num_held_out, self.held_out_loader = len(held_out), loader(held_out)
-        self._memory_note = criterion.prepare(len(images), len(classes), self.device)
+        self._num_trained = len(images)
+        self._memory_note = self._prepare_loss()
         self.train_loader = loader(images, train=True)
         self.eval_loader = loader(self.dataset.evaluation)
         self._eval_steps = max(gather_states(len(self.eval_loader)))
+
+    def _prepare_loss(self) -> str:
+        """Allocate the loss's state; returns a line about its memory, or ""."""
+        sizes = self._num_trained, len(self.dataset.classes)
+        return self.step.criterion.prepare(*sizes, self.device)
 
     def start(self) -> None:
         """Write the files that identify a new run."""
@@ -209,6 +191,10 @@ class Trainer:
             text = "; ".join(changed)
             self.reporter.print(f"resuming with a changed configuration (old, new: {text})")
         check_resumable(state, path)
+        check_same_phase(before, self.config, state, path)
+        if self._is_alone and not is_student_alone(self.config, state):
+            self._build_step()
+            self._prepare_loss()
         self.step.load_state_dict(state, path)
         self.epoch, self.done, self.seconds = state["epoch"], 0, state["seconds"]
         self.last, self.best, self.best_epoch = state["last"], state["best"], state["best_epoch"]
@@ -323,6 +309,8 @@ class Trainer:
         ):
             self._save()  # a rollback needs a checkpoint
         while self.epoch < until:
+            if self._is_alone and self.epoch >= self.config.teach_epoch():
+                self._start_teaching()
             steps = len(self.train_loader)
             self.reporter.start_epoch(self.epoch, self.config.epochs, steps, self.done)
             self.throughput.start_epoch(self.epoch, steps, self.done)
@@ -332,6 +320,27 @@ class Trainer:
             self.step.mean_statistics()
             self._finish_epoch(*self.step.measure(self._evaluation_batches()))
 
+    @property
+    def _is_alone(self) -> bool:
+        """True before ``teach_from``."""
+        return self.step.config is not self.config
+
+    def _start_teaching(self) -> None:
+        """Replace the student alone by all networks, at the start of an epoch."""
+        student = snapshot(self.step.state_dict())
+        del self.runner, self.step, self.model  # their memory is needed for the new ones
+        self._build_step(student=student)
+        self._prepare_loss()
+        self.reporter.info(
+            f"teaching starts in epoch {self.epoch + 1}; step: {self.step.options.describe()}"
+        )
+        self.reporter.info(describe_loss(self.step.criterion, self.config))
+        if self.store is not None:
+            self.store.check_space(state_bytes(self._state(True, [])))
+        if self.config.on_nonfinite == "rollback":
+            self.train_loader.set_epoch(self.epoch)
+            self._save()  # earlier checkpoints have no other branches
+
     def _train_epoch(self) -> None:
         step, kd_weight = self.step, self.config.kd_weight_at(self.epoch)
         self.train_loader.set_size(self.config.size_at(self.epoch))
@@ -340,7 +349,7 @@ class Trainer:
             self._seed()
             step.sums.clear()
             self._rollbacks = 0
-            if self.held_out_loader is not None:
+            if self.held_out_loader is not None and not self._is_alone:
                 step.criterion.fit_held_out(
                     (result.logits, target) for result, target in step.results(self.held_out_loader)
                 )
@@ -576,7 +585,9 @@ class Trainer:
                 info(line)
         if self.teacher:
             info(f"teacher {self.teacher.description}")
-        info(describe_loss(step.criterion, config))
+        if self._is_alone:
+            info(describe_late_teaching(config))
+        info(describe_loss(step.criterion, step.config))
         if count := self.num_held_out:
             info(f"{count} training images are held out for the loss and never trained on")
         if self._memory_note:

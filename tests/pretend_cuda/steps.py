@@ -21,8 +21,10 @@ from fastokd.methods.method import Method
 from fastokd.models import BranchedModel, create_student
 from fastokd.train.build import build_model
 from fastokd.train.capture import WARM_UP_STEPS
+from fastokd.train.checkpoint import snapshot
 from fastokd.train.config import TrainConfig
 from fastokd.train.data import loader_for
+from fastokd.train.late_teaching import build_step
 from fastokd.train.optimizers import Optimizers
 from fastokd.train.runner import StepRunner
 from fastokd.train.step import TrainStep
@@ -54,6 +56,26 @@ ORDER = ("batch", "forward", "loss", "backward", METRICS, "optimizer", REST)
 def capture(**config: Any) -> dict[str, Any]:
     """Capture a step, and replay it."""
     return _watch(*_step_and_loader(config))
+
+
+def teach_late(**config: Any) -> dict[str, Any]:
+    """Capture the step of the student alone, then that of the branches copied from it."""
+    late = TrainConfig(**{**SMALL, "epochs": 2, "teach_from": 1.0, **config})
+    images = synthetic_images(late, CLASSES)
+    loader: Any = loader_for(late, images, images.train, True, GPU)
+    loader.set_epoch(0)
+    with device.comparisons_hold():
+        step = build_step(late, images, GPU, None, alone=True)
+    alone = _watch(step, loader)
+    student = snapshot(step.state_dict())
+    before = _active_bytes()
+    del step
+    gc.collect()
+    freed = before - _active_bytes()
+    loader.set_epoch(1)
+    with device.comparisons_hold():
+        step = build_step(late, images, GPU, None, student=student)
+    return {"alone": alone, "taught": _watch(step, loader), "freed": freed}
 
 
 def fail_to_capture(**config: Any) -> dict[str, Any]:
@@ -157,7 +179,7 @@ def _step_and_loader(fields: dict[str, Any]) -> tuple[TrainStep, Any]:
     return step, loader
 
 
-FUNCTIONS = {each.__name__: each for each in (capture, fail_to_capture, count)}
+FUNCTIONS = {each.__name__: each for each in (capture, teach_late, fail_to_capture, count)}
 
 if __name__ == "__main__":
     cases = json.loads(sys.argv[1])

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-
 from fastokd.errors import CheckpointError
 from fastokd.experiments.analysis.latency import Latencies, machine, measure_latencies
 from fastokd.experiments.analysis.page import page, remarks_section
@@ -19,9 +17,8 @@ from fastokd.experiments.analysis.tables import (
     spread,
 )
 from fastokd.export import load_student
-from fastokd.models import create_model
 from fastokd.models.summary import Cost, count_parameters, forward_flops
-from fastokd.train.build import model_layout
+from fastokd.train.build import meta_model, training_flops_per_image
 from fastokd.train.config import fields_with_role
 from fastokd.train.fields import Role
 
@@ -176,15 +173,15 @@ def paired_test(group: Group, other: Group) -> PairedTest:
 def _costs(run: Run) -> NetworkCosts | None:
     if "num_classes" not in run.data or "image_size" not in run.data:
         return None
-    layout = model_layout(run.config)
-    with torch.device("meta"):
-        model = create_model(run.config.model, num_classes=run.data["num_classes"], **layout)
-    size = (3, *run.data["image_size"])
-    student, training = (
-        Cost(count_parameters(network), forward_flops(network, size))
-        for network in (model.student(), model)
+    num_classes, size = run.data["num_classes"], run.data["image_size"]
+    model = meta_model(run.config, num_classes)
+    student = model.student()
+    training = training_flops_per_image(run.config, num_classes, size)
+    return NetworkCosts(
+        model.name,
+        Cost(count_parameters(student), forward_flops(student, (3, *size))),
+        Cost(count_parameters(model), round(training)),
     )
-    return NetworkCosts(model.name, student, training)
 
 
 def _latencies(run: Run, remarks: list[str]) -> Latencies:
@@ -197,8 +194,17 @@ def _latencies(run: Run, remarks: list[str]) -> Latencies:
 
 
 def _speed(group: Group) -> float | None:
-    speeds = [record.get("images_per_second") for run in group.runs for record in run.records]
-    return statistics.median(filter(None, speeds)) if any(speeds) else None
+    """The median over the epochs; with late teaching, those of both phases, by their epochs."""
+    start = group.config.teach_epoch()
+    phases: list[list[float]] = [[], []]
+    for run in group.runs:
+        for record in run.records:
+            if speed := record.get("images_per_second"):
+                phases[record["epoch"] >= start].append(speed)
+    medians = [(len(speeds), statistics.median(speeds)) for speeds in phases if speeds]
+    if len(medians) < 2:
+        return medians[0][1] if medians else None
+    return sum(count for count, _ in medians) / sum(count / speed for count, speed in medians)
 
 
 _SPEED_FIELDS = fields_with_role(Role.SPEED)
@@ -301,7 +307,7 @@ def _cost_table(comparison: Comparison) -> Table:
     repeats = sorted({min(counts, default=0), max(counts, default=0)})
     notes = [
         "FLOPs of the forward pass of one image, 2 for a multiply-add; training FLOPs are those of"
-        " all trained networks, without a frozen teacher.",
+        " all trained networks, without a frozen teacher, as the mean over the planned epochs.",
         f"Latency: median of {'-'.join(map(str, repeats))} forward passes of the student in"
         f" milliseconds, eager, float32, on {comparison.measured_on}.",
         "Training time: time per image, from the median images/s of the epochs, as a multiple of"
