@@ -15,6 +15,7 @@ from fastokd.experiments.sweep import results
 from fastokd.experiments.sweep.grid import Values, fields_of, shared_values
 from fastokd.experiments.sweep.plan import Plan, Record, Results, check_seeds, plan_runs
 from fastokd.experiments.sweep.results import Measured, group_by_item
+from fastokd.train.compute import scaled
 from fastokd.train.config import TrainConfig, check_config, override
 
 
@@ -173,14 +174,6 @@ def _existing_seeds(out: Path, recipe: str) -> set[int]:
     """The seeds of a recipe's runs in a folder."""
     seeds = (path.name[len(recipe) + 5 :] for path in (out / "runs").glob(f"{recipe}-seed*"))
     return {int(seed) for seed in seeds if re.fullmatch(r"\d+", seed)}
-
-
-def scaled(config: TrainConfig, epochs: int) -> TrainConfig:
-    """The configuration with another number of epochs; ramp-up and warm-up are scaled with it."""
-    factor = epochs / config.epochs
-    ramp = None if config.ramp_epochs is None else round(config.ramp_epochs * factor)
-    warmup = None if config.warmup_epochs is None else config.warmup_epochs * factor
-    return replace(config, epochs=epochs, ramp_epochs=ramp, warmup_epochs=warmup)
 
 
 @dataclass(frozen=True)
