@@ -36,9 +36,7 @@ class NetworkCosts(NamedTuple):
     training: Cost
 
 
-def network_costs(
-    config: TrainConfig, num_classes: int, image_size: Sequence[int]
-) -> NetworkCosts:
+def network_costs(config: TrainConfig, num_classes: int, image_size: Sequence[int]) -> NetworkCosts:
     """The costs of a configuration's networks.
 
     Args:
@@ -132,8 +130,9 @@ def scaled(config: TrainConfig, epochs: int) -> TrainConfig:
         min(round(start * factor), epochs - 1): size
         for start, size in config.resize_schedule.items()
     }
-    changes = {"ramp_epochs": ramp, "warmup_epochs": warmup, "resize_schedule": sizes}
-    return replace(config, epochs=epochs, **changes)
+    return replace(
+        config, epochs=epochs, ramp_epochs=ramp, warmup_epochs=warmup, resize_schedule=sizes
+    )
 
 
 def equal_compute_epochs(config: TrainConfig, num_classes: int, image_size: Sequence[int]) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from fastokd.errors import CheckpointError, ConfigError
 from fastokd.export.record import parse_record
 from fastokd.train.checkpoint import load_newest
-from fastokd.train.compute import kept_branch, student_network
+from fastokd.train.compute import ALONE, kept_branch, student_alone, student_network
 from fastokd.train.config import TrainConfig, fields_with_role, reference_loss
 from fastokd.train.fields import Role
 from fastokd.train.run_folder import RunFolder, read_json_object
@@ -246,6 +246,9 @@ def config_differences(configs: Sequence[TrainConfig]) -> dict[str, list[str]]:
 def _label(config: TrainConfig, configs: Sequence[TrainConfig]) -> str:
     name = f"{config.model} {config.method}"
     same = [other for other in configs if f"{other.model} {other.method}" == name]
+    if config.method == ALONE:  # without unused settings of branches, unless only these differ
+        alone = [student_alone(other) for other in same]
+        same = alone if all(alone.count(each) == 1 for each in alone) else same
     fields = config_differences(same)
     values = [f"{field} {value_in_words(getattr(config, field))}" for field in fields]
     return ", ".join([name, *values])
