@@ -163,9 +163,9 @@ def test_formats_show_equal_numbers(sample_runs, capsys, tmp_path):
             == expected
         )
         assert (
-            next(line for line in markdown.splitlines() if line.startswith(f"| {label}")).split(
-                " | "
-            )[1:6]
+            next(line for line in markdown.splitlines() if line.startswith(f"| {label}"))
+            .removesuffix(" |")
+            .split(" | ")[1:6]
             == expected
         )
         row = re.search(rf'<th scope="row">{label}</th>(.*)</tr>', html)[1]
@@ -460,7 +460,17 @@ def test_unfinished_run_uses_completed_epochs(runs, capsys):
     assert float(row["last_error_mean"]) == pytest.approx(statistics.mean(errors(runs, "ahbf")))
     assert (row["paired_seeds"], row["p"]) == ("0", "")
     assert (
-        "No difference for resnet8 ahbf: 2 of 9 epochs are finished, of the reference 2 of 2."
+        "No difference at equal epochs for resnet8 ahbf: there is no run of resnet8 baseline with 9"
+        " epochs." in text
+    )
+    for seed in (0, 1):
+        change_config(runs / f"baseline-seed{seed}", epochs=9)
+    cut(runs / "ahbf-seed0")
+    cut(runs / "ahbf-seed1")
+    text = said(capsys, *runs_in(runs))
+    assert (
+        "No difference at equal epochs for resnet8 ahbf: 1 of 9 epochs are finished, of the"
+        " reference 2 of 9."
         in text
     )
 

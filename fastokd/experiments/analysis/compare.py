@@ -65,7 +65,9 @@ class Compute(NamedTuple):
 
 
 EQUAL_COMPUTE = 0.05
-"""The largest relative difference of training compute that counts as equal."""
+"""The largest relative difference of training compute that counts as equal; also allowed is half an
+epoch, since runs have whole epochs.
+"""
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,10 @@ def compare(groups: Sequence[Group], latency: bool = True) -> Comparison:
 def _equal_epochs(group: Group, groups: Sequence[Group]) -> Reference:
     same = [other for other in groups if other.network == group.network]
     alone = [other for other in same if other.config.method == ALONE] or same[:1]
-    equal = [other for other in alone if other.config.epochs == group.config.epochs] or alone
+    equal = [other for other in alone if other.config.epochs == group.config.epochs]
+    if not equal:
+        run = f"run of {alone[0].label.partition(',')[0]} with {group.config.epochs} epochs"
+        return Reference(None, PairedTest((), None, f"there is no {run}"))
     taught = group.config.method != ALONE
     other = min(equal, key=lambda each: _num_differences(group, each)) if taught else equal[0]
     if other is group:
@@ -207,11 +212,12 @@ def _equal_compute(
 ) -> Reference:
     if group.config.method == ALONE or compute is None or compute.total is None:
         return Reference()
+    tolerance = max(EQUAL_COMPUTE, 0.5 / (compute.epochs_alone - 0.5))
     candidates = []
     for other, each in zip(groups, computes, strict=True):
         if other.config.method == ALONE and other.network == group.network and each and each.total:
             distance = abs(each.total / compute.total - 1)
-            if distance <= EQUAL_COMPUTE:
+            if distance <= tolerance:
                 candidates.append((_num_differences(group, other), distance, other))
     if not candidates:
         return Reference()
@@ -353,8 +359,8 @@ def _difference_table(comparison: Comparison) -> Table:
         "Difference: error minus that of the reference in percentage points, mean over the n seeds"
         " that both have; negative is better. p: two-sided paired t-test of these differences.",
         "Equal compute: against the same network alone with as much training compute, within"
-        f" {EQUAL_COMPUTE:.0%}. Epochs alone: the epochs of the same network alone that cost as"
-        " much.",
+        f" {EQUAL_COMPUTE:.0%} or half an epoch. Epochs alone: the epochs of the same network alone"
+        " that cost as much.",
         *(
             f"The reference at {where} of {'; '.join(each)} is {name}."
             for (where, name), each in names.items()
@@ -504,9 +510,9 @@ def _csv_row(row: Row) -> dict[str, Any]:
         cells[f"{name}_error_std"] = statistics.stdev(values) if len(values) > 1 else ""
         cells[f"{name}_error_by_seed"] = " ".join(map(repr, values))
     for prefix, reference in (("", row.equal_epochs), ("equal_compute_", row.equal_compute)):
-        if reference.group is not None and reference.test is not None:
+        if reference.test is not None:
             differences = reference.test.differences
-            cells[f"{prefix}reference"] = reference.group.label
+            cells[f"{prefix}reference"] = reference.group.label if reference.group else ""
             cells[f"{prefix}paired_seeds"] = len(differences)
             cells[f"{prefix}p"] = "" if reference.test.p is None else reference.test.p
             mean = statistics.mean(differences) if differences else ""

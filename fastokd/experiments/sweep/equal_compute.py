@@ -90,7 +90,7 @@ def equal_compute_table(
     return [Table.of("Student alone with equal training compute, errors in %", rows, notes)]
 
 
-def equal_compute_record(plan: Plan, measured: Mapping[str, Measured]) -> dict[str, Record]:
+def equal_compute_record(plan: Plan, measured: Mapping[str, Measured]) -> Record:
     """The comparison of each taught row with its student alone, as JSON has it."""
     record: dict[str, dict[str, Any]] = {}
     for name, row in plan.alone.items():

@@ -259,9 +259,7 @@ class SweepResults(Results):
         }
 
     def files(self) -> dict[str, str]:
-        """``sweep.md``, and ``sweep.csv`` with unrounded numbers and spaces between seeds. A line
-        "POINT, alone" is of the student alone with equal training compute.
-        """
+        """``sweep.md``, and ``sweep.csv`` with unrounded numbers and spaces between seeds."""
         rows = []
         for point, measured, number in self._points():
             row: dict[str, Any] = {"point": point.name}
@@ -273,15 +271,6 @@ class SweepResults(Results):
                 row |= {"published": number.error, "published_std": number.std}
                 row["published_source"] = number.source
             rows.append(row)
-        for name, alone in equal_compute_record(self.sweep, self.measured).items():
-            rows.append(
-                {"point": f"{name}, alone"}
-                | {
-                    field: " ".join(map(repr, value)) if isinstance(value, list) else value
-                    for field, value in alone.items()
-                    if field != "runs"
-                }
-            )
         markdown = "\n".join(table.as_markdown() for table in self.tables())
         return {"sweep.md": markdown, "sweep.csv": csv_text(rows)}
 
