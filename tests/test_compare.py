@@ -163,9 +163,9 @@ def test_formats_show_equal_numbers(sample_runs, capsys, tmp_path):
             == expected
         )
         assert (
-            next(line for line in markdown.splitlines() if line.startswith(f"| {label}")).split(
-                " | "
-            )[1:6]
+            next(line for line in markdown.splitlines() if line.startswith(f"| {label}"))
+            .removesuffix(" |")
+            .split(" | ")[1:6]
             == expected
         )
         row = re.search(rf'<th scope="row">{label}</th>(.*)</tr>', html)[1]
@@ -207,16 +207,21 @@ def test_missing_paired_test_reports_reason(runs, capsys, monkeypatch):
         give_errors(runs, "ahbf", {0: 6.0, 1: 5.0}),
         give_errors(runs, "baseline", {0: 7.0, 1: 6.0}),
     )
-    assert "No p for resnet8 ahbf: all differences are equal." in said(capsys, *taught, *alone)
+    assert "No p at equal epochs for resnet8 ahbf: all differences are equal." in said(
+        capsys, *taught, *alone
+    )
     one = said(capsys, taught[0], *alone)
     assert "-1.00 (n=1)" in one
-    assert "No p for resnet8 ahbf: needs 2 shared seeds." in one
-    assert "No difference for resnet8 ahbf: no shared seed." in said(capsys, taught[0], alone[1])
+    assert "No p at equal epochs for resnet8 ahbf: needs 2 shared seeds." in one
+    assert "No difference at equal epochs for resnet8 ahbf: no shared seed." in said(
+        capsys, taught[0], alone[1]
+    )
     give_errors(runs, "baseline", {1: 6.5})
     assert "No p" not in said(capsys, *taught, *alone)
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
-    assert "No p for resnet8 ahbf: needs scipy: pip install 'fastokd[plots]'." in said(
-        capsys, *taught, *alone
+    assert (
+        "No p at equal epochs for resnet8 ahbf: needs scipy: pip install 'fastokd[plots]'."
+        in said(capsys, *taught, *alone)
     )
 
 
@@ -265,18 +270,18 @@ def test_errors_are_compared_with_same_network(runs, capsys):
     )
     text = said(capsys, *small, *large)
     assert (
-        "The reference of resnet8 ahbf is resnet8 baseline.\nThe reference of resnet14 one;"
-        " resnet14 ahbf is resnet14 baseline." in text
+        "The reference at equal epochs of resnet8 ahbf is resnet8 baseline.\nThe reference at equal"
+        " epochs of resnet14 one; resnet14 ahbf is resnet14 baseline." in text
     )
-    assert [line.split()[:2] for line in text.splitlines() if line.endswith("  reference")] == [
+    assert [line.split()[:2] for line in text.splitlines() if "  reference  " in line] == [
         ["resnet8", "baseline"],
         ["resnet14", "baseline"],
     ]
     without = said(capsys, *small, *large[:4])
-    assert "The reference of resnet14 ahbf is resnet14 one." in without
+    assert "The reference at equal epochs of resnet14 ahbf is resnet14 one." in without
     alone = said(capsys, *small, *large[:2])
     assert "No difference for resnet14 one: there are no other runs of resnet14." in alone
-    assert re.search(r"^resnet14 one .* -  +-$", alone, re.MULTILINE)
+    assert re.search(r"^resnet14 one +-  +-  +-  +-  +\d+$", alone, re.MULTILINE)
 
 
 def test_costs_match_networks(sample_runs, capsys):
@@ -295,7 +300,8 @@ def test_costs_match_networks(sample_runs, capsys):
         )
     ratio = f"{costs['training'].flops / costs['student'].flops:.2f}"
     assert re.search(
-        rf"^resnet8 ahbf +resnet8 +{costs['student'].parameters:,} +\S+ +{ratio} ",
+        rf"^resnet8 ahbf +resnet8 +{costs['student'].parameters:,} +\S+$"
+        rf"(.*\n)*^resnet8 ahbf +{ratio} ",
         said(capsys, *runs_in(sample_runs)),
         re.MULTILINE,
     )
@@ -460,8 +466,17 @@ def test_unfinished_run_uses_completed_epochs(runs, capsys):
     assert float(row["last_error_mean"]) == pytest.approx(statistics.mean(errors(runs, "ahbf")))
     assert (row["paired_seeds"], row["p"]) == ("0", "")
     assert (
-        "No difference for resnet8 ahbf: 2 of 9 epochs are finished, of the reference 2 of 2."
-        in text
+        "No difference at equal epochs for resnet8 ahbf: there is no run of resnet8 baseline with 9"
+        " epochs." in text
+    )
+    for seed in (0, 1):
+        change_config(runs / f"baseline-seed{seed}", epochs=9)
+    cut(runs / "ahbf-seed0")
+    cut(runs / "ahbf-seed1")
+    text = said(capsys, *runs_in(runs))
+    assert (
+        "No difference at equal epochs for resnet8 ahbf: 1 of 9 epochs are finished, of the"
+        " reference 2 of 9." in text
     )
 
 

@@ -19,8 +19,9 @@ from fastokd.export import load_student
 from fastokd.models import create_model
 from fastokd.models.summary import forward_flops
 from fastokd.train import cadence
-from fastokd.train.build import build_model, student_alone, training_flops_per_image
+from fastokd.train.build import before_teaching, build_model
 from fastokd.train.checkpoint import load_checkpoint
+from fastokd.train.compute import training_flops
 from fastokd.train.config import TrainConfig, check_config, identity_fields
 from fastokd.train.export_run import export_run
 from fastokd.train.late_teaching import copy_student
@@ -65,7 +66,7 @@ def straight(tmp_path_factory, digits):
 
 def trained_student(config, image_size):
     """The model of the student alone with weights and statistics that are not initial ones."""
-    model = build_model(student_alone(config), 10, CPU)
+    model = build_model(before_teaching(config), 10, CPU)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -448,10 +449,10 @@ def test_training_flops_are_the_mean_over_the_epochs(tmp_path, digits):
     alone = forward_flops(create_model("resnet8", "baseline", 10), size)
     taught = forward_flops(create_model("resnet8", "ahbf", 10, 3, 1), size)
     config = dataclasses.replace(CONFIG, epochs=20, teach_from=0.85)
-    mean = training_flops_per_image(config, 10, (16, 16))
+    mean = training_flops(config, 10, (16, 16))
     assert mean == pytest.approx(0.85 * alone + 0.15 * taught)
     whole = dataclasses.replace(config, teach_from=0.0)
-    assert training_flops_per_image(whole, 10, (16, 16)) == taught
+    assert training_flops(whole, 10, (16, 16)) == taught
 
 
 def test_compare_weighs_both_phases(straight):
@@ -462,8 +463,8 @@ def test_compare_weighs_both_phases(straight):
     row = compare([dataclasses.replace(group, runs=(run,))], latency=False).rows[0]
     assert row.images_per_second == pytest.approx(4 / (2 / 300 + 2 / 100))
     size = group.runs[0].data["image_size"]
-    assert row.costs.training.flops == round(training_flops_per_image(ADAMW, 10, size))
-    assert row.costs.student.flops < row.costs.training.flops
+    assert row.compute.flops == pytest.approx(training_flops(ADAMW, 10, size))
+    assert row.costs.student.flops < row.compute.flops < row.costs.training.flops
 
 
 def test_sweep_takes_several_starts():

@@ -11,6 +11,7 @@ from fastokd.data import absolute_spec
 from fastokd.errors import EXIT_OK
 from fastokd.experiments.demo import run_demo
 from fastokd.experiments.recipes import get_recipe
+from fastokd.experiments.sweep.equal_compute import add_students_alone
 from fastokd.experiments.sweep.grid import parse_values
 from fastokd.experiments.sweep.plan import Plan
 from fastokd.experiments.sweep.queue import parse_devices, parse_per_device
@@ -41,6 +42,7 @@ def sweep(
     out: Path | None = None,
     devices: str = "auto",
     per_device: str = "auto",
+    equal_compute: bool = False,
     dry_run: bool = False,
 ) -> int:
     """Run a grid over fields of the configuration with several seeds, and compare the errors of the
@@ -57,10 +59,14 @@ def sweep(
         seeds: Number of runs of each point, with seeds from 0
         out: Folder (default: sweeps/RECIPE, or sweeps/MODEL-METHOD). A larger grid may use the
             folder of a smaller one
+        equal_compute: Add the student alone with as much training compute as each point: more
+            epochs, with its schedule stretched
     """
     changes = {} if data is None else {"data": absolute_spec(data)}
     base = override(start_from(recipe, config), changes)
     plan = plan_sweep(base, get_recipe(recipe) if recipe else None, parse_values(set), seeds, out)
+    if equal_compute:
+        plan = add_students_alone(plan)
     return _run(plan, dry_run, devices, per_device)
 
 
@@ -74,6 +80,7 @@ def reproduce(
     out: Path | None = None,
     devices: str = "auto",
     per_device: str = "auto",
+    equal_compute: bool = False,
     dry_run: bool = False,
 ) -> int:
     """Run the recipes of a published table, and compare the results with those of the paper. Repeat
@@ -86,12 +93,16 @@ def reproduce(
         epochs: Scale all schedules to this number of epochs (default: as in the recipes)
         set: Another value for a field of every recipe, as for 'fastokd sweep --set': precision=fp32
         out: Folder (default: reproduce/TABLE)
+        equal_compute: Add the student alone with as much training compute as each recipe: more
+            epochs, with its schedule stretched
     """
     if table is None:
         print(table_of_tables().as_text())
         return EXIT_OK
     where = "" if data is None else absolute_spec(data)
     plan = plan_reproduction(table, where, rows, seeds, epochs, parse_values(set), out)
+    if equal_compute:
+        plan = add_students_alone(plan)
     return _run(plan, dry_run, devices, per_device)
 
 

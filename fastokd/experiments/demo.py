@@ -80,9 +80,9 @@ def run_demo(out: Path, seeds: int, epochs: int, branches: int) -> None:
             say(_train(path, demo_config(method, seed, epochs, branches), dataset))
     groups = read_runs([*paths["baseline"], *paths["ahbf"]])
     comparison = compare(groups, latency=False)
-    errors, costs, _ = comparison.tables()
-    say(f"\n{errors.as_text()}\n\n{costs.as_text()}\n")
-    test = next(row.test for row in comparison.rows if row.test)
+    *tables, _ = comparison.tables()
+    say("\n" + "\n\n".join(table.as_text() for table in tables) + "\n")
+    test = next(row.equal_epochs.test for row in comparison.rows if row.equal_epochs.test)
     if test.p is None:
         say(f"No test of the difference: {test.reason}.")
     else:

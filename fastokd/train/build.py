@@ -1,15 +1,14 @@
-"""The networks of a configuration, in both phases of a run with late teaching, and their cost."""
+"""The networks of a configuration, in both phases of a run with late teaching."""
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastokd.models import BranchedModel, create_model
-from fastokd.models.summary import forward_flops
 from fastokd.train.config import TrainConfig, fields_with_role
 from fastokd.train.fields import Role
 
@@ -59,7 +58,7 @@ def meta_model(
         )
 
 
-def student_alone(config: TrainConfig) -> TrainConfig:
+def before_teaching(config: TrainConfig) -> TrainConfig:
     """The configuration of the epochs before ``teach_from``: the method "baseline"."""
     defaults: dict[str, Any] = vars(TrainConfig())
     changes = {name: defaults[name] for name in fields_with_role(Role.OF_METHOD)}
@@ -67,24 +66,10 @@ def student_alone(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, **{**changes, "method": "baseline", "streams": None})
 
 
-def is_student_alone(config: TrainConfig, state: Mapping[str, Any]) -> bool:
+def is_before_teaching(config: TrainConfig, state: Mapping[str, Any]) -> bool:
     """True if a checkpoint of a run with this configuration is of the epochs before
     ``teach_from``, and so has no other branches.
     """
     start = config.teach_epoch()
     within = bool(state["loader"])
     return state["epoch"] < start or (state["epoch"] == start > 0 and not within)
-
-
-def training_flops_per_image(
-    config: TrainConfig, num_classes: int, image_size: Sequence[int]
-) -> float:
-    """FLOPs of the forward pass of one image through all trained networks, without a frozen
-    teacher: the mean over the epochs of the run. ``image_size`` is height and width.
-    """
-    size = (3, *image_size)
-    taught = forward_flops(meta_model(config, num_classes), size)
-    if not (start := config.teach_epoch()):
-        return taught
-    alone = forward_flops(meta_model(student_alone(config), num_classes), size)
-    return (start * alone + (config.epochs - start) * taught) / config.epochs

@@ -17,7 +17,7 @@ from fastokd.methods import get_method
 from fastokd.models import BranchedModel, find_backbone
 from fastokd.models.branch_out import NOISE, AddedBlock, Blocks
 from fastokd.models.summary import check_images
-from fastokd.train.build import build_model, is_student_alone, meta_model, student_alone
+from fastokd.train.build import before_teaching, build_model, is_before_teaching, meta_model
 from fastokd.train.config import TrainConfig, build_loss
 from fastokd.train.data import AnyDataset
 from fastokd.train.distributed import Ranks
@@ -67,7 +67,7 @@ def check_same_phase(
         ConfigError: the change of ``epochs`` or ``teach_from`` moves the start of the teaching to
             the other side of the checkpoint.
     """
-    if (alone := is_student_alone(before, state)) == is_student_alone(config, state):
+    if (alone := is_before_teaching(before, state)) == is_before_teaching(config, state):
         return
     given = f"epochs={config.epochs} and teach_from={config.teach_from:g}"
     networks = "only the student" if alone else "all branches"
@@ -98,7 +98,7 @@ def build_step(
     """
     criterion = None
     if alone:
-        config, teacher, criterion = student_alone(config), None, student_loss(config)
+        config, teacher, criterion = before_teaching(config), None, student_loss(config)
     network, rows = (teacher.network, teacher.rows) if teacher else (None, None)
     model = build_model(config, len(dataset.classes), device, network)
     smallest = max(find_backbone(name).image_size for name in config.model_names())
@@ -126,7 +126,7 @@ def copy_student(
 
     Args:
         model: the networks of the configuration, newly initialized.
-        student: the state dict of the model of ``student_alone``.
+        student: the state dict of the model of ``before_teaching``.
         image_size: height and width of the images on which blocks are compared with the identity.
         seed: of the noise.
     """

@@ -40,7 +40,7 @@ def has_bf16_arithmetic() -> bool:
 
     Elsewhere bfloat16 is emulated, and slower than float32. False if PyTorch cannot tell.
     """
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: Mapping[str, bool | int | str] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 

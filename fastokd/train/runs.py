@@ -12,7 +12,7 @@ from fastokd.data import Loader
 from fastokd.data.images import Progress
 from fastokd.errors import CheckpointError, ConfigError, summarize
 from fastokd.export import load_weights
-from fastokd.train.build import build_model, is_student_alone, student_alone
+from fastokd.train.build import before_teaching, build_model, is_before_teaching
 from fastokd.train.checkpoint import load_checkpoint, load_newest
 from fastokd.train.config import (
     TrainConfig,
@@ -114,7 +114,7 @@ class LoadedRun:
     """A run's weights and images, ready for evaluation or export."""
 
     config: TrainConfig
-    """Of its networks: before ``teach_from`` that of ``student_alone``."""
+    """Of its networks: before ``teach_from`` that of ``before_teaching``."""
     dataset: AnyDataset
     evaluator: BranchEvaluator
     loader: Loader
@@ -158,8 +158,8 @@ def load_run(
     dataset = with_augmentation(config, open_data(config, where, state["data"], progress))
     check_classes(str(path), state, dataset)
     criterion = None
-    if is_student_alone(config, state):
-        criterion, config = student_loss(config), student_alone(config)
+    if is_before_teaching(config, state):
+        criterion, config = student_loss(config), before_teaching(config)
     model = build_model(config, len(dataset.classes), where)
     load_weights(model, state["model"], str(file))
     evaluator = BranchEvaluator(config, model.eval(), where, criterion)

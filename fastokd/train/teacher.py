@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from fastokd.errors import CheckpointError, ConfigError, first_line, summarize
 from fastokd.export import find_export, load_student, load_weights
 from fastokd.methods import get_method
 from fastokd.models.libraries import LIBRARIES, library_network, without_auxiliary
-from fastokd.train.build import build_model, is_student_alone, student_alone
+from fastokd.train.build import before_teaching, build_model, is_before_teaching
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, load_config
 from fastokd.train.data import AnyDataset
@@ -154,6 +155,22 @@ def open_teacher(config: TrainConfig, dataset: AnyDataset, device: torch.device)
     return Teacher(f"{spec}, {count:,} parameters", digest.hexdigest(), network=network)
 
 
+def teacher_network(config: TrainConfig, num_classes: int) -> nn.Module | None:
+    """The network of a run's teacher, for its costs; None for stored rows and without a teacher.
+
+    Raises:
+        ConfigError, CheckpointError, MissingExtra: as ``open_teacher``. The weights of a library's
+            network are not read.
+    """
+    if not get_method(config.method).needs_teacher:
+        return None
+    library, name, path = _parse(str(config.model_options()["teacher"]))
+    if library:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return library_network(f"{library}:{name}", num_classes)
+    return None if _holds_rows(path) else _read_network(path)[0]
+
+
 def _parse(spec: str) -> tuple[str, str, Path]:
     """Library and network ("" for fastokd's own), and the file or folder."""
     head, _, rest = spec.partition(":")
@@ -215,21 +232,27 @@ def _open_rows(path: Path, kind: str, dataset: AnyDataset, device: torch.device)
     return Teacher(description, fingerprint, rows=StoredRows(table, device))
 
 
+def _read_network(path: Path) -> tuple[nn.Module, Sequence[str], Mapping[str, Any]]:
+    """The network of a run's checkpoint or of an exported student, its classes, and the record of
+    its data.
+    """
+    if path.suffix != ".pt":
+        network, record = load_student(path)
+        return network, record["classes"], record["preprocessing"]
+    state = load_checkpoint(path)
+    classes = state["classes"]
+    config = load_config(state["config"], f"the configuration in {path}")
+    if is_before_teaching(config, state):
+        config = before_teaching(config)
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(config, len(classes), torch.device("cpu"))
+    load_weights(model, state["model"], str(path))
+    return model.student().eval(), classes, state["data"]
+
+
 def _own_network(path: Path, dataset: AnyDataset) -> tuple[nn.Module, tuple[Any, Any]]:
     """The network of a run's checkpoint or of an exported student, and its normalization."""
-    if path.suffix == ".pt":
-        state = load_checkpoint(path)
-        classes, data = state["classes"], state["data"]
-        config = load_config(state["config"], f"the configuration in {path}")
-        if is_student_alone(config, state):
-            config = student_alone(config)
-        with torch.random.fork_rng(devices=[]):
-            model = build_model(config, len(classes), torch.device("cpu"))
-        load_weights(model, state["model"], str(path))
-        network = model.student().eval()
-    else:
-        network, record = load_student(path)
-        classes, data = record["classes"], record["preprocessing"]
+    network, classes, data = _read_network(path)
     if list(classes) != list(dataset.classes):
         raise CheckpointError(
             f"the teacher {path} has the classes {summarize(classes, 4)}, the data has"

@@ -16,7 +16,7 @@ from fastokd.data.dataset import split_off
 from fastokd.errors import Preempted, first_line, summarize
 from fastokd.export import student_record, write_student
 from fastokd.storage import write_json
-from fastokd.train.build import is_student_alone
+from fastokd.train.build import is_before_teaching
 from fastokd.train.cadence import Cadence, Due
 from fastokd.train.checkpoint import (
     CheckpointStore,
@@ -192,7 +192,7 @@ class Trainer:
             self.reporter.print(f"resuming with a changed configuration (old, new: {text})")
         check_resumable(state, path)
         check_same_phase(before, self.config, state, path)
-        if self._is_alone and not is_student_alone(self.config, state):
+        if self._is_alone and not is_before_teaching(self.config, state):
             self._build_step()
             self._prepare_loss()
         self.step.load_state_dict(state, path)

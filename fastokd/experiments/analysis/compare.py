@@ -2,13 +2,13 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from fastokd.errors import CheckpointError
+from fastokd.errors import CheckpointError, ConfigError, MissingExtra
 from fastokd.experiments.analysis.latency import Latencies, machine, measure_latencies
 from fastokd.experiments.analysis.page import page, remarks_section
-from fastokd.experiments.analysis.runs import Group, Run, remarks_of
+from fastokd.experiments.analysis.runs import SAME_RUN, Group, Run, remarks_of
 from fastokd.experiments.analysis.tables import (
     BEST_EPOCH_NOTE,
     Table,
@@ -17,9 +17,16 @@ from fastokd.experiments.analysis.tables import (
     spread,
 )
 from fastokd.export import load_student
-from fastokd.models.summary import Cost, count_parameters, forward_flops
-from fastokd.train.build import meta_model, training_flops_per_image
-from fastokd.train.config import fields_with_role
+from fastokd.train.compute import (
+    ALONE,
+    NetworkCosts,
+    equal_compute_epochs,
+    network_costs,
+    scaled,
+    student_alone,
+    training_flops,
+)
+from fastokd.train.config import differences, fields_with_role
 from fastokd.train.fields import Role
 
 
@@ -33,14 +40,34 @@ class PairedTest(NamedTuple):
     reason: str = ""
 
 
-class NetworkCosts(NamedTuple):
-    """Parameters and FLOPs of one image forward: of the student alone, and of all trained networks,
-    without a frozen teacher. ``name`` is the student's network.
+class Reference(NamedTuple):
+    """The group that a group's errors are tested against, and the test; both None if there is no
+    such group.
     """
 
-    name: str
-    student: Cost
-    training: Cost
+    group: Group | None = None
+    test: PairedTest | None = None
+
+
+class Compute(NamedTuple):
+    """Training compute of a group.
+
+    Attributes:
+        flops: ``training_flops`` of an image.
+        total: FLOPs of all planned epochs, 3 times those of the forward passes; None if the number
+            of training images is not recorded.
+        epochs_alone: ``equal_compute_epochs``.
+    """
+
+    flops: float
+    total: float | None
+    epochs_alone: int
+
+
+EQUAL_COMPUTE = 0.05
+"""The largest relative difference of training compute that counts as equal; also allowed is half an
+epoch, since runs have whole epochs.
+"""
 
 
 @dataclass(frozen=True)
@@ -49,19 +76,22 @@ class Row:
 
     Attributes:
         group: its runs.
-        reference: the group that its errors are tested against: the first group of the same network
-            alone (``baseline``), or else the first group of the same network; None for that group.
-        test: of its last errors against those of the reference.
+        equal_epochs: the reference with as many epochs: the same network alone (``baseline``), or
+            else the first group of the same network; itself has none.
+        equal_compute: the reference with as much training compute: the same network alone with
+            another number of epochs. Groups of a network alone have none.
         costs: of its networks; None if the runs have lost the record of their data.
+        compute: of its training; None if that is lost, or its teacher cannot be read.
         images_per_second: of training, the median over the epochs of all its runs.
         times_alone: the training time of an image relative to the student alone.
         latencies: of its student; empty if not measured.
     """
 
     group: Group
-    reference: Group | None
-    test: PairedTest | None
+    equal_epochs: Reference
+    equal_compute: Reference
     costs: NetworkCosts | None
+    compute: Compute | None
     images_per_second: float | None
     times_alone: float | None
     latencies: Latencies
@@ -90,8 +120,14 @@ class Comparison:
     measured_on: str
 
     def tables(self) -> list[Table]:
-        """Errors, costs, and the single runs."""
-        return [_error_table(self), _cost_table(self), _run_table(self)]
+        """Errors, their differences, costs of students and of training, and the single runs."""
+        return [
+            _error_table(self),
+            _difference_table(self),
+            _student_table(self),
+            _training_table(self),
+            _run_table(self),
+        ]
 
     def as_text(self) -> str:
         """For a terminal."""
@@ -118,10 +154,11 @@ def compare(groups: Sequence[Group], latency: bool = True) -> Comparison:
     """
     remarks = remarks_of(groups)
     costs = [_costs(group.runs[0]) for group in groups]
+    computes = [_compute(group, remarks) for group in groups]
     # Groups with the same student share one measurement, so noise does not tell them apart.
     latencies: dict[str, Latencies] = {}
     rows = []
-    for group, cost in zip(groups, costs, strict=True):
+    for group, cost, compute in zip(groups, costs, computes, strict=True):
         name = cost.name if cost else group.label
         if latency and name not in latencies:
             latencies[name] = _latencies(group.runs[0], remarks)
@@ -130,34 +167,81 @@ def compare(groups: Sequence[Group], latency: bool = True) -> Comparison:
                 other
                 for other, each in zip(groups, costs, strict=True)
                 if cost and each and each.name == cost.name
-                if other.config.method == "baseline" and _speed_key(other) == _speed_key(group)
+                if other.config.method == ALONE and _speed_key(other) == _speed_key(group)
             ),
             None,
         )
         speed, speed_alone = _speed(group), _speed(alone) if alone else None
         times_alone = speed_alone / speed if speed_alone and speed else None
-        same = [other for other in groups if other.network == group.network]
-        first = next((other for other in same if other.config.method == "baseline"), same[0])
-        reference = None if first is group else first
-        test = paired_test(group, reference) if reference else None
-        measured = latencies.get(name, {})
-        rows.append(Row(group, reference, test, cost, speed, times_alone, measured))
+        row = Row(
+            group,
+            _equal_epochs(group, groups),
+            _equal_compute(group, compute, groups, computes),
+            cost,
+            compute,
+            speed,
+            times_alone,
+            latencies.get(name, {}),
+        )
+        rows.append(row)
     return Comparison(tuple(rows), tuple(remarks), machine() if latency else "")
 
 
-def paired_test(group: Group, other: Group) -> PairedTest:
-    """Test the students' last errors over the shared seeds, with ``scipy.stats.ttest_rel``.
-
-    Only runs with the same finished and planned epochs are tested: their learning rates have
-    decayed equally.
-    """
+def _equal_epochs(group: Group, groups: Sequence[Group]) -> Reference:
+    same = [other for other in groups if other.network == group.network]
+    alone = [other for other in same if other.config.method == ALONE] or same[:1]
+    equal = [other for other in alone if other.config.epochs == group.config.epochs]
+    if not equal:
+        run = f"run of {alone[0].label.partition(',')[0]} with {group.config.epochs} epochs"
+        return Reference(None, PairedTest((), None, f"there is no {run}"))
+    taught = group.config.method != ALONE
+    other = min(equal, key=lambda each: _num_differences(group, each)) if taught else equal[0]
+    if other is group:
+        return Reference()
     if group.progress != other.progress:
         reason = f"{group.progress} epochs are finished, of the reference {other.progress}"
-        return PairedTest((), None, reason)
-    errors = {run.config.seed: run.error() for run in group.counted}
-    others = {run.config.seed: run.error() for run in other.counted}
-    seeds = [seed for seed in errors if seed in others]
-    differences = tuple(errors[seed] - others[seed] for seed in seeds)
+        return Reference(other, PairedTest((), None, reason))
+    return Reference(other, paired_test(group.counted, other.counted))
+
+
+def _equal_compute(
+    group: Group,
+    compute: Compute | None,
+    groups: Sequence[Group],
+    computes: Sequence[Compute | None],
+) -> Reference:
+    if group.config.method == ALONE or compute is None or compute.total is None:
+        return Reference()
+    tolerance = max(EQUAL_COMPUTE, 0.5 / (compute.epochs_alone - 0.5))
+    candidates = []
+    for other, each in zip(groups, computes, strict=True):
+        if other.config.method == ALONE and other.network == group.network and each and each.total:
+            distance = abs(each.total / compute.total - 1)
+            if distance <= tolerance:
+                candidates.append((_num_differences(group, other), distance, other))
+    if not candidates:
+        return Reference()
+    _, _, other = min(candidates, key=lambda candidate: candidate[:2])
+    for tested in (group, other):
+        if tested.counted[0].epochs < tested.config.epochs:
+            reason = f"{tested.progress} epochs of {tested.label} are finished"
+            return Reference(other, PairedTest((), None, reason))
+    return Reference(other, paired_test(group.counted, other.counted))
+
+
+def _num_differences(group: Group, alone: Group) -> int:
+    """The number of settings, other than the method's and the epochs, that differ."""
+    repeat = {name: getattr(group.config, name) for name in SAME_RUN}
+    wanted = scaled(student_alone(group.config), alone.config.epochs)
+    return len(differences(wanted, replace(student_alone(alone.config), **repeat)))
+
+
+def paired_test(runs: Sequence[Run], others: Sequence[Run]) -> PairedTest:
+    """Test the students' last errors over the shared seeds, with ``scipy.stats.ttest_rel``."""
+    errors = {run.config.seed: run.error() for run in runs}
+    other_errors = {run.config.seed: run.error() for run in others}
+    seeds = [seed for seed in errors if seed in other_errors]
+    differences = tuple(errors[seed] - other_errors[seed] for seed in seeds)
     if len(seeds) < 2:
         return PairedTest(differences, None, "needs 2 shared seeds" if seeds else "no shared seed")
     if max(differences) - min(differences) < 1e-9:
@@ -166,22 +250,29 @@ def paired_test(group: Group, other: Group) -> PairedTest:
         from scipy.stats import ttest_rel
     except ImportError:
         return PairedTest(differences, None, "needs scipy: pip install 'fastokd[plots]'")
-    result = ttest_rel([errors[seed] for seed in seeds], [others[seed] for seed in seeds])
+    result = ttest_rel([errors[seed] for seed in seeds], [other_errors[seed] for seed in seeds])
     return PairedTest(differences, float(result.pvalue))
 
 
 def _costs(run: Run) -> NetworkCosts | None:
     if "num_classes" not in run.data or "image_size" not in run.data:
         return None
-    num_classes, size = run.data["num_classes"], run.data["image_size"]
-    model = meta_model(run.config, num_classes)
-    student = model.student()
-    training = training_flops_per_image(run.config, num_classes, size)
-    return NetworkCosts(
-        model.name,
-        Cost(count_parameters(student), forward_flops(student, (3, *size))),
-        Cost(count_parameters(model), round(training)),
-    )
+    return network_costs(run.config, run.data["num_classes"], run.data["image_size"])
+
+
+def _compute(group: Group, remarks: list[str]) -> Compute | None:
+    config, data = group.config, group.runs[0].data
+    if "num_classes" not in data or "image_size" not in data:
+        return None
+    images = (data.get("num_images") or {}).get("train")
+    try:
+        flops = training_flops(config, data["num_classes"], data["image_size"])
+        epochs = equal_compute_epochs(config, data["num_classes"], data["image_size"])
+    except (CheckpointError, ConfigError, MissingExtra) as error:
+        remarks.append(f"{group.label}: its training compute is not known: {error}")
+        return None
+    trained = images and images - images % config.batch_size
+    return Compute(flops, 3 * flops * config.epochs * trained if trained else None, epochs)
 
 
 def _latencies(run: Run, remarks: list[str]) -> Latencies:
@@ -226,26 +317,8 @@ def _speed_key(group: Group) -> set[str]:
 
 def _error_table(comparison: Comparison) -> Table:
     rows = []
-    references: dict[str, list[str]] = {}  # the groups that are tested against each
-    missing: dict[tuple[str, str], list[str]] = {}  # the groups without a value, for a reason
     for row in comparison.rows:
-        group, test = row.group, row.test
-        difference, p, reason = "-", "-", None
-        if row.reference is not None:
-            references.setdefault(row.reference.label, []).append(group.label)
-        if test is not None:
-            if test.differences:
-                difference = f"{spread(test.differences, '+')} (n={len(test.differences)})"
-            if test.p is not None:
-                p = f"{test.p:.3g}"
-            else:
-                reason = ("p" if test.differences else "difference", test.reason)
-        elif any(other.reference is group for other in comparison.rows):
-            difference, p = "reference", ""
-        else:
-            reason = ("difference", f"there are no other runs of {group.network}")
-        if reason:
-            missing.setdefault(reason, []).append(group.label)
+        group = row.group
         finished = group.counted[0].epochs == group.config.epochs
         rows.append(
             {
@@ -255,8 +328,6 @@ def _error_table(comparison: Comparison) -> Table:
                 "student, last epoch": spread(row.errors()),
                 "student, best epoch": spread(row.errors(best=True)),
                 "ensemble, last epoch": spread(row.errors("ensemble")),
-                "difference, last epoch": difference,
-                "p": p,
             }
         )
     left_out = [
@@ -264,13 +335,7 @@ def _error_table(comparison: Comparison) -> Table:
         for row in comparison.rows
         for run in row.group.left_out
     ]
-    notes = [
-        BEST_EPOCH_NOTE,
-        "Difference: error minus that of the reference in percentage points, mean over the n seeds"
-        " that both have; negative is better. p: two-sided paired t-test of these differences.",
-        *(f"The reference of {'; '.join(each)} is {name}." for name, each in references.items()),
-        *(f"No {what} for {'; '.join(each)}: {why}." for (what, why), each in missing.items()),
-    ]
+    notes = [BEST_EPOCH_NOTE]
     if left_out:
         fewer = (
             "Excluded from means, differences and p, with fewer finished epochs than other runs of"
@@ -279,15 +344,77 @@ def _error_table(comparison: Comparison) -> Table:
     return Table.of("Error in %, mean +- sample standard deviation over seeds", rows, notes)
 
 
-def _cost_table(comparison: Comparison) -> Table:
+def _difference_table(comparison: Comparison) -> Table:
+    rows = []
+    names: dict[tuple[str, str], list[str]] = {}  # the groups that are tested against each
+    missing: dict[str, list[str]] = {}  # the groups without a value, for a reason
+    for row in comparison.rows:
+        cells = [row.group.label]
+        for kind in ("equal_epochs", "equal_compute"):
+            reference: Reference = getattr(row, kind)
+            used = any(getattr(other, kind).group is row.group for other in comparison.rows)
+            cells += difference_cells(reference.test, used)
+            where = kind.replace("_", " ")
+            if reference.group is not None:
+                names.setdefault((where, reference.group.label), []).append(row.group.label)
+            if reference.test is not None and reference.test.p is None:
+                value = "p" if reference.test.differences else "difference"
+                reason = f"No {value} at {where} for {{}}: {reference.test.reason}."
+                missing.setdefault(reason, []).append(row.group.label)
+        if reason := _missing_reference(row, comparison.rows):
+            missing.setdefault(reason, []).append(row.group.label)
+        rows.append((*cells, str(row.compute.epochs_alone) if row.compute else "-"))
+    notes = [
+        "Difference: error minus that of the reference in percentage points, mean over the n seeds"
+        " that both have; negative is better. p: two-sided paired t-test of these differences.",
+        "Equal compute: against the same network alone with as much training compute, within"
+        f" {EQUAL_COMPUTE:.0%} or half an epoch. Epochs alone: the epochs of the same network alone"
+        " that cost as much.",
+        *(
+            f"The reference at {where} of {'; '.join(each)} is {name}."
+            for (where, name), each in names.items()
+        ),
+        *(reason.format("; ".join(each)) for reason, each in missing.items()),
+    ]
+    head = ("runs", "difference, equal epochs", "p", "difference, equal compute", "p")
+    title = "Differences of the students' last errors from the same network alone"
+    return Table(title, (*head, "epochs alone"), tuple(rows), tuple(notes))
+
+
+def difference_cells(test: PairedTest | None, is_reference: bool) -> tuple[str, str]:
+    """The difference and p of a test, as text."""
+    if test is None:
+        return ("reference", "") if is_reference else ("-", "-")
+    difference = f"{spread(test.differences, '+')} (n={len(test.differences)})"
+    return difference if test.differences else "-", "-" if test.p is None else f"{test.p:.3g}"
+
+
+def _missing_reference(row: Row, rows: Sequence[Row]) -> str:
+    """The reason why a group has no reference at equal epochs or at equal compute, with {} for its
+    name; empty if it has both or needs none.
+    """
+    network = row.group.network
+    if all(other.group is row.group or other.group.network != network for other in rows):
+        return f"No difference for {{}}: there are no other runs of {network}."
+    if row.group.config.method == ALONE or row.equal_compute.group is not None:
+        return ""
+    if row.compute is None or row.compute.total is None:
+        return "No difference at equal compute for {}: the training compute is not known."
+    return (
+        f"No difference at equal compute for {{}}: there is no run of {network} alone with as much"
+        " training compute (about as many epochs as 'epochs alone'); add one with 'fastokd sweep'"
+        " or 'fastokd reproduce' and --equal-compute."
+    )
+
+
+def _student_table(comparison: Comparison) -> Table:
     kinds = list(dict.fromkeys(kind for row in comparison.rows for kind in row.latencies))
     rows = []
     for row in comparison.rows:
-        name, parameters, flops, training = "-", "-", "-", "-"
+        name, parameters, flops = "-", "-", "-"
         if costs := row.costs:
             name, parameters = costs.name, f"{costs.student.parameters:,}"
             flops = f"{costs.student.flops / 1e6:,.2f}"
-            training = f"{costs.training.flops / costs.student.flops:.2f}"
         cells = {
             "runs": row.group.label,
             "student": name,
@@ -299,27 +426,51 @@ def _cost_table(comparison: Comparison) -> Table:
             latency = row.latencies.get((device, size))
             unknown = "no memory" if (device, size) in row.latencies else "-"
             cells[column] = f"{1000 * latency.seconds:.3g}" if latency else unknown
-        cells["training FLOPs / student"] = training
-        cells["training time / alone"] = _number(row.times_alone, ".2f")
-        cells["training, images/s"] = _number(row.images_per_second, ",.0f")
         rows.append(cells)
     counts = [each.repeats for row in comparison.rows for each in row.latencies.values() if each]
     repeats = sorted({min(counts, default=0), max(counts, default=0)})
     notes = [
-        "FLOPs of the forward pass of one image, 2 for a multiply-add; training FLOPs are those of"
-        " all trained networks, without a frozen teacher, as the mean over the planned epochs.",
+        "FLOPs of the forward pass of one image, 2 for a multiply-add.",
         f"Latency: median of {'-'.join(map(str, repeats))} forward passes of the student in"
         f" milliseconds, eager, float32, on {comparison.measured_on}.",
+    ]
+    return Table.of("Cost of students", rows, notes if kinds else notes[:1])
+
+
+def _training_table(comparison: Comparison) -> Table:
+    totals = [row.compute.total for row in comparison.rows if row.compute and row.compute.total]
+    unit, size = next(
+        ((name, size) for name, size in _UNITS.items() if max(totals, default=0) >= size),
+        ("GFLOPs", 1e9),
+    )
+    rows = []
+    for row in comparison.rows:
+        ratio, total = "-", "-"
+        if row.costs and row.compute:
+            ratio = f"{row.compute.flops / row.costs.student.flops:.2f}"
+            total = f"{row.compute.total / size:,.2f}" if row.compute.total else "-"
+        rows.append(
+            {
+                "runs": row.group.label,
+                "training FLOPs / student": ratio,
+                f"training compute, {unit}": total,
+                "training time / alone": _number(row.times_alone, ".2f"),
+                "training, images/s": _number(row.images_per_second, ",.0f"),
+            }
+        )
+    notes = [
+        "Training FLOPs: of the forward pass of one image through all trained networks, plus a"
+        " third of a frozen teacher's. Training compute: 3 times that (forward and backward), for"
+        " all images and planned epochs.",
         "Training time: time per image, from the median images/s of the epochs, as a multiple of"
         " the same student trained alone; only if such runs are among these, on the same device"
         " with equal numbers of threads and processes and equal settings that affect speed. It"
         " includes other load on the machine.",
     ]
-    if not kinds:
-        del notes[1]
-    return Table.of("Cost of students and training", rows, notes)
+    return Table.of("Cost of training", rows, notes)
 
 
+_UNITS = {"EFLOPs": 1e18, "PFLOPs": 1e15, "TFLOPs": 1e12}
 _DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 
@@ -349,7 +500,7 @@ def _run_table(comparison: Comparison) -> Table:
 
 
 def _csv_row(row: Row) -> dict[str, Any]:
-    runs, test, costs = row.group.counted, row.test, row.costs
+    runs, costs = row.group.counted, row.costs
     cells: dict[str, Any] = {
         "runs": row.group.label,
         "num_seeds": len(runs),
@@ -367,17 +518,22 @@ def _csv_row(row: Row) -> dict[str, Any]:
         cells[f"{name}_error_mean"] = statistics.mean(values) if values else ""
         cells[f"{name}_error_std"] = statistics.stdev(values) if len(values) > 1 else ""
         cells[f"{name}_error_by_seed"] = " ".join(map(repr, values))
-    if test is not None and row.reference is not None:
-        differences = test.differences
-        cells["reference"] = row.reference.label
-        cells["paired_seeds"] = len(differences)
-        cells["p"] = "" if test.p is None else test.p
-        cells["last_error_difference"] = statistics.mean(differences) if differences else ""
+    for prefix, reference in (("", row.equal_epochs), ("equal_compute_", row.equal_compute)):
+        if reference.test is not None:
+            differences = reference.test.differences
+            cells[f"{prefix}reference"] = reference.group.label if reference.group else ""
+            cells[f"{prefix}paired_seeds"] = len(differences)
+            cells[f"{prefix}p"] = "" if reference.test.p is None else reference.test.p
+            mean = statistics.mean(differences) if differences else ""
+            cells[f"{prefix}last_error_difference"] = mean
     if costs is not None:
         cells["student"] = costs.name
         cells["parameters"] = costs.student.parameters
         cells["flops"] = costs.student.flops
-        cells["training_flops"] = costs.training.flops
+    if row.compute is not None:
+        cells["training_flops"] = round(row.compute.flops)
+        cells["training_compute_flops"] = round(row.compute.total) if row.compute.total else ""
+        cells["epochs_alone_at_equal_compute"] = row.compute.epochs_alone
     for (device, size), latency in row.latencies.items():
         cells[f"latency_{device}_batch{size}_seconds"] = latency.seconds if latency else ""
     cells["images_per_second"] = row.images_per_second or ""

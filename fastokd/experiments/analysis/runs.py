@@ -10,8 +10,8 @@ from typing import Any
 
 from fastokd.errors import CheckpointError, ConfigError
 from fastokd.export.record import parse_record
-from fastokd.methods import get_method
 from fastokd.train.checkpoint import load_newest
+from fastokd.train.compute import ALONE, kept_branch, student_alone, student_network
 from fastokd.train.config import TrainConfig, fields_with_role, reference_loss
 from fastokd.train.fields import Role
 from fastokd.train.run_folder import RunFolder, read_json_object
@@ -128,8 +128,7 @@ class Group:
     @property
     def network(self) -> str:
         """The name of the student's network."""
-        names = self.config.model_names()
-        return names[0] if len(names) == 1 else names[_kept_branch(self.config)]
+        return student_network(self.config)
 
 
 def read_run(path: Path) -> Run:
@@ -247,6 +246,9 @@ def config_differences(configs: Sequence[TrainConfig]) -> dict[str, list[str]]:
 def _label(config: TrainConfig, configs: Sequence[TrainConfig]) -> str:
     name = f"{config.model} {config.method}"
     same = [other for other in configs if f"{other.model} {other.method}" == name]
+    if config.method == ALONE:  # without unused settings of branches, unless only these differ
+        alone = [student_alone(other) for other in same]
+        same = alone if all(alone.count(each) == 1 for each in alone) else same
     fields = config_differences(same)
     values = [f"{field} {value_in_words(getattr(config, field))}" for field in fields]
     return ", ".join([name, *values])
@@ -270,12 +272,7 @@ def _student_row(config: TrainConfig, path: Path) -> str:
         rows = reference_loss(config).graph.logits
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    return AVERAGE if config.ema else rows[_kept_branch(config)]
-
-
-def _kept_branch(config: TrainConfig) -> int:
-    kept = -1 if config.compression else get_method(config.method).kept
-    return range(config.num_branches())[kept]
+    return AVERAGE if config.ema else rows[kept_branch(config)]
 
 
 def _data(

@@ -33,8 +33,11 @@ class Plan(ABC):
     Attributes:
         out: the folder.
         jobs: the runs of each row of the results, by the row's name.
+        configs: the configuration of each row, with seed 0, except of those that ``alone`` adds.
         rows: the rows to run now.
         seeds: the number of runs of each of these, with seeds from 0.
+        alone: the row of the student alone with as much training compute, by the name of the row
+            that is taught; empty without --equal-compute.
     """
 
     kind: ClassVar[str]
@@ -42,8 +45,10 @@ class Plan(ABC):
 
     out: Path
     jobs: Mapping[str, tuple[Job, ...]]
+    configs: Mapping[str, TrainConfig]
     rows: tuple[str, ...]
     seeds: int
+    alone: Mapping[str, str] = field(default_factory=dict)
     _opened: dict[str, AnyDataset] = field(default_factory=dict, repr=False)
 
     @property
@@ -86,6 +91,8 @@ class Plan(ABC):
         try:
             record = json.loads(text)
             different = self.differences(record)
+            if record.get("equal_compute") and not self.alone:
+                different.append("equal_compute: True, False")
             images = dict(record.get("data", {}))
         except (KeyError, TypeError, AttributeError, ValueError):
             fix = "choose another --out, or delete that file if its runs belong to this command"
@@ -148,7 +155,8 @@ class Plan(ABC):
             path = self.out / f"{self.kind}.json"
             images = self._fingerprints(job.config for job in self.queue)
             data = {**read_json_object(path).get("data", {}), **images}
-            write_json(path, {**self.record, "data": data})
+            record = {**self.record, "equal_compute": bool(self.alone), "data": data}
+            write_json(path, record)
             queue = Queue(self.queue, self.out, devices, per_device, say)
             return queue.run(lambda failed: self.results(failed).write())
         finally:
@@ -177,13 +185,13 @@ class Plan(ABC):
         """Open the data and the teachers of all runs, to find mistakes before the first run."""
         checked = set()
         for config in configs:
-            dataset = self._dataset(config)
+            dataset = self.dataset(config)
             teacher = config.method_options.get("teacher")
             if teacher is not None and (key := (teacher, config.model, config.data)) not in checked:
                 open_teacher(config, dataset, torch.device("cpu"))
                 checked.add(key)
 
-    def _dataset(self, config: TrainConfig) -> AnyDataset:
+    def dataset(self, config: TrainConfig) -> AnyDataset:
         """The dataset of a configuration as its runs open it, opened once."""
         fields = ("data", "image_size", "val_split", "loader", "bad_images")
         key = repr([getattr(config, name) for name in fields])
@@ -194,7 +202,7 @@ class Plan(ABC):
 
     def _fingerprints(self, configs: Iterable[TrainConfig]) -> dict[str, str]:
         """The fingerprints of the datasets, by form: files, or decoded images of a size."""
-        datasets = ((config.image_size, self._dataset(config)) for config in configs)
+        datasets = ((config.image_size, self.dataset(config)) for config in configs)
         return {
             f"images of size {size}" if isinstance(data, Dataset) else "files": data.fingerprint
             for size, data in datasets

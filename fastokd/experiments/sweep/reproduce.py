@@ -12,10 +12,12 @@ from fastokd.errors import ConfigError, did_you_mean, summarize
 from fastokd.experiments.analysis.tables import BEST_EPOCH_NOTE, Table, plain_markdown, spread
 from fastokd.experiments.recipes import DATASETS, Published, Recipe, list_recipes
 from fastokd.experiments.sweep import results
+from fastokd.experiments.sweep.equal_compute import equal_compute_record, equal_compute_table
 from fastokd.experiments.sweep.grid import Values, fields_of, shared_values
 from fastokd.experiments.sweep.plan import Plan, Record, Results, check_seeds, plan_runs
 from fastokd.experiments.sweep.results import Measured, group_by_item
-from fastokd.train.config import TrainConfig, check_config, override
+from fastokd.train.compute import scaled
+from fastokd.train.config import check_config, override
 
 
 class PaperTable(NamedTuple):
@@ -84,7 +86,6 @@ class Reproduction(Plan):
     Attributes:
         name: of the table.
         table: the table.
-        configs: of all recipes of the table, by name, with seed 0.
         epochs: the number that all schedules are scaled to; None for each recipe's own.
         changes: fields that are set for all recipes.
     """
@@ -93,7 +94,6 @@ class Reproduction(Plan):
 
     name: str
     table: PaperTable
-    configs: Mapping[str, TrainConfig]
     epochs: int | None
     changes: Mapping[str, Any]
 
@@ -175,14 +175,6 @@ def _existing_seeds(out: Path, recipe: str) -> set[int]:
     return {int(seed) for seed in seeds if re.fullmatch(r"\d+", seed)}
 
 
-def scaled(config: TrainConfig, epochs: int) -> TrainConfig:
-    """The configuration with another number of epochs; ramp-up and warm-up are scaled with it."""
-    factor = epochs / config.epochs
-    ramp = None if config.ramp_epochs is None else round(config.ramp_epochs * factor)
-    warmup = None if config.warmup_epochs is None else config.warmup_epochs * factor
-    return replace(config, epochs=epochs, ramp_epochs=ramp, warmup_epochs=warmup)
-
-
 @dataclass(frozen=True)
 class ReproductionResults(Results):
     """The results of a table's runs. The notes are the differences from the paper in finished and
@@ -198,7 +190,9 @@ class ReproductionResults(Results):
                 yield name, self.measured[name], number
 
     def tables(self) -> list[Table]:
-        """A line for every number of the table, also for those without a run."""
+        """A line for every number of the table, also for those without a run; then the students
+        alone with equal training compute.
+        """
         rows = []
         for name, measured, number in self._numbers():
             errors = measured.errors(number.row)
@@ -219,7 +213,9 @@ class ReproductionResults(Results):
             f"{table.source}, {DATASETS[table.dataset].title}: errors in %, mean +- sample standard"
             " deviation (number of runs)"
         )
-        return [Table.of(title, rows, self.notes)]
+        names = {name: name for name in self.plan.alone}
+        alone = equal_compute_table(self.plan, self.measured, names)
+        return [Table.of(title, rows, self.notes), *alone]
 
     def as_json(self) -> Record:
         plan = self.plan
@@ -240,12 +236,14 @@ class ReproductionResults(Results):
             "set": plan.changes,
             "notes": self.notes,
             "rows": rows,
+            "equal_compute": equal_compute_record(plan, self.measured),
         }
 
     def files(self) -> dict[str, str]:
-        (table,) = self.tables()
+        table, *others = self.tables()
         notes = (f"- {plain_markdown(note)}" for note in self.notes)
         text = "\n".join([table._replace(notes=()).as_markdown(), *notes, ""])
+        text = "\n".join([text, *(other.as_markdown() for other in others)])
         return {"reproduce.md": text}
 
 
@@ -253,7 +251,7 @@ def _notes(plan: Reproduction, measured: Mapping[str, Measured]) -> list[str]:
     recipes = plan.table.recipes
     runs = [run for each in measured.values() for run in each.runs]
     counts = {name: len(plan.table.numbers(recipe)) for name, recipe in recipes.items()}
-    done = sum(counts[name] for name, each in measured.items() if each.runs)
+    done = sum(count for name, count in counts.items() if measured[name].runs)
     rows = [name for name in recipes if name in plan.rows or measured[name].runs]
 
     def which(names: Sequence[str]) -> str:

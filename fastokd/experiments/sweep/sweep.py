@@ -17,6 +17,7 @@ from fastokd.experiments.analysis.runs import SAME_RUN, Run, value_in_words
 from fastokd.experiments.analysis.tables import BEST_EPOCH_NOTE, Table, csv_text, spread
 from fastokd.experiments.recipes import DATASETS, Published, Recipe
 from fastokd.experiments.sweep import grid, results
+from fastokd.experiments.sweep.equal_compute import equal_compute_record, equal_compute_table
 from fastokd.experiments.sweep.grid import Point, Values, short
 from fastokd.experiments.sweep.plan import Plan, Record, Results, check_seeds, plan_runs
 from fastokd.experiments.sweep.published import matched_recipes, point_differences, student_numbers
@@ -117,6 +118,7 @@ def plan_sweep(
     return Sweep(
         out=out,
         jobs=jobs,
+        configs={point.name: point.config for point in points},
         rows=tuple(jobs),
         seeds=seeds,
         base=base,
@@ -168,8 +170,14 @@ class SweepResults(Results):
     published: tuple[Published | None, ...]
 
     def tables(self) -> list[Table]:
-        """A line for each point; before it, for two fields, tables of rows and columns."""
-        return [*(each.table for each in self._grids()), self._point_table()]
+        """A line for each point; before it, for two fields, tables of rows and columns; after it,
+        the students alone with equal training compute.
+        """
+        labels = {
+            point.name: grid.describe(point.values) or point.name for point in self.sweep.points
+        }
+        alone = equal_compute_table(self.sweep, self.measured, labels)
+        return [*(each.table for each in self._grids()), self._point_table(), *alone]
 
     def _point_table(self) -> Table:
         rows = []
@@ -189,14 +197,15 @@ class SweepResults(Results):
         return Table.of(title, rows, [BEST_EPOCH_NOTE, *self.notes])
 
     def _points(self) -> list[tuple[Point, results.Measured, Published | None]]:
-        return list(zip(self.sweep.points, self.measured.values(), self.published, strict=True))
+        measured = [self.measured[point.name] for point in self.sweep.points]
+        return list(zip(self.sweep.points, measured, self.published, strict=True))
 
     def _grids(self) -> list[_Grid]:
         """For two fields: our errors, and the published ones if there are any."""
         if len(self.sweep.fields) != 2:
             return []
         cells: list[tuple[float | None, str]] = []
-        for measured in self.measured.values():
+        for _, measured, _ in self._points():
             errors, text = measured.errors(), measured.progress()
             if errors:
                 some = "" if len(errors) == len(measured.states) else f" ({text})"
@@ -241,7 +250,13 @@ class SweepResults(Results):
             for point, measured, number in self._points()
         ]
         name = self.sweep.recipe.name if self.sweep.recipe else None
-        return {"recipe": name, "values": self.sweep.values, "notes": self.notes, "points": points}
+        return {
+            "recipe": name,
+            "values": self.sweep.values,
+            "notes": self.notes,
+            "points": points,
+            "equal_compute": equal_compute_record(self.sweep, self.measured),
+        }
 
     def files(self) -> dict[str, str]:
         """``sweep.md``, and ``sweep.csv`` with unrounded numbers and spaces between seeds."""
