@@ -300,11 +300,11 @@ def made_up(tmp_path):
 
     alone, equal, ahbf = presets.ALONE, presets.EQUAL_COMPUTE, presets.AHBF
     taught = (63.0, 65.0, 62.5)
-    longer = {"epochs": 40, "flops": 8 * 10**15}
+    longer = {"epochs": 40, "flops": 8 * 10**12}
     runs = [
-        *(run(alone, seed, error, 4 * 10**15) for seed, error in enumerate((65.0, 66.0, 64.0))),
-        *(run(equal, seed, error, 16 * 10**15) for seed, error in enumerate((60.0, 61.0))),
-        *(run(ahbf, seed, error, 16 * 10**15, 62.0) for seed, error in enumerate(taught)),
+        *(run(alone, seed, error, 4 * 10**12) for seed, error in enumerate((65.0, 66.0, 64.0))),
+        *(run(equal, seed, error, 16 * 10**12) for seed, error in enumerate((60.0, 61.0))),
+        *(run(ahbf, seed, error, 16 * 10**12, 62.0) for seed, error in enumerate(taught)),
         {**run("alone, 40 epochs", 0, 62.0, 0), **longer},
     ]
     found = {
@@ -339,7 +339,7 @@ def test_table_has_differences_at_equal_epochs_and_equal_compute(tmp_path):
 def test_figure_joins_rows_that_differ_only_in_epochs(tmp_path):
     data = tables.frontier(made_up(tmp_path))
     alone, ahbf = data["series"][presets.ALONE], data["series"][presets.AHBF]
-    assert [point["petaflops"] for point in alone] == [4.0, 8.0, 16.0]
+    assert [point["teraflops"] for point in alone] == [4.0, 8.0, 16.0]
     assert [point["error"] for point in alone] == pytest.approx([65.0, 62.0, 60.5])
     assert [point["seeds"] for point in alone] == [3, 1, 2]
     assert ahbf[0]["deviation"] == pytest.approx(statistics.stdev([63.0, 65.0, 62.5]))

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 import yaml
 
 from bench.accuracy.presets import Preset
@@ -17,10 +16,8 @@ from fastokd.experiments.analysis.runs import SAME_RUN, Run
 from fastokd.experiments.analysis.tables import Table, spread
 from fastokd.experiments.sweep.plan import Plan, Record, Results, plan_runs
 from fastokd.experiments.sweep.queue import Job
-from fastokd.models import create_model
-from fastokd.models.summary import forward_flops
 from fastokd.storage import write_json
-from fastokd.train.build import model_layout
+from fastokd.train.compute import training_flops
 from fastokd.train.config import TrainConfig, config_from_mapping, differences
 from fastokd.train.run_folder import read_json_object
 
@@ -46,19 +43,16 @@ def measured(run: Run) -> Entry:
         "best_epoch": run.best["epoch"] + 1,
         "seconds": round(run.seconds, 1),
         "images_per_second": round(statistics.median(speeds), 1),
-        "flops": training_flops(run),
+        "flops": _total_flops(run),
         "environment": {name: environment.get(name) for name in names},
     }
 
 
-def training_flops(run: Run) -> int:
-    """The FLOPs of training: of all trained networks, three forward passes for each image."""
-    layout = model_layout(run.config)
-    with torch.device("meta"):
-        model = create_model(run.config.model, num_classes=run.data["num_classes"], **layout)
-    forward = forward_flops(model, (3, *run.data["image_size"]))
+def _total_flops(run: Run) -> int:
+    """The FLOPs of training: see ``training_flops``, three times for each image of every epoch."""
+    forward = training_flops(run.config, run.data["num_classes"], run.data["image_size"])
     steps = run.data["num_images"]["train"] // run.config.batch_size
-    return 3 * forward * steps * run.config.batch_size * run.config.epochs
+    return round(3 * forward * steps * run.config.batch_size * run.config.epochs)
 
 
 @dataclass(frozen=True, kw_only=True)

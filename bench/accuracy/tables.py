@@ -164,7 +164,7 @@ def frontier(path: Path) -> dict[str, Any]:
         label = labels.setdefault(json.dumps(settings, sort_keys=True), row.name)
         errors = [*row.errors.values()]
         point = {
-            "petaflops": row.flops / 1e15,
+            "teraflops": row.flops / 1e12,
             "error": statistics.mean(errors),
             "deviation": statistics.stdev(errors) if len(errors) > 1 else 0.0,
             "epochs": row.epochs,
@@ -172,7 +172,7 @@ def frontier(path: Path) -> dict[str, Any]:
         }
         series.setdefault(label, []).append(point)
     for points in series.values():
-        points.sort(key=lambda point: point["petaflops"])
+        points.sort(key=lambda point: point["teraflops"])
     return {"title": PRESETS[found["preset"]].title, "series": series}
 
 
@@ -192,7 +192,7 @@ def draw_frontier(data: Mapping[str, Any], path: Path) -> Path:
     markers = "osD^vP*Xdph<>"
     for place, (label, points) in enumerate(data["series"].items()):
         x, y, deviation = (
-            [point[name] for point in points] for name in ("petaflops", "error", "deviation")
+            [point[name] for point in points] for name in ("teraflops", "error", "deviation")
         )
         axes.errorbar(
             x,
@@ -207,13 +207,13 @@ def draw_frontier(data: Mapping[str, Any], path: Path) -> Path:
             for point in points:
                 axes.annotate(
                     f"{point['epochs']}",
-                    (point["petaflops"], point["error"]),
+                    (point["teraflops"], point["error"]),
                     xytext=(5, 5),
                     textcoords="offset points",
                     fontsize="x-small",
                 )
     axes.set_xscale("log")
-    axes.set_xlabel("training compute, PFLOPs (numbers at points: epochs)")
+    axes.set_xlabel("training compute, TFLOPs (numbers at points: epochs)")
     axes.set_ylabel("student's error in the last epoch, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
