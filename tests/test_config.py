@@ -36,9 +36,11 @@ ROLES = {
     Role.SWITCH: {*("channels_last", "compile", "cuda_graph", "streams", "flat")},
     Role.TRAINED: {
         *("model", "at", "method", "preset", "branches", "topology", "aux_blocks"),
-        *("compression", "method_options"),
+        *("compression", "method_options", "teach_from"),
     },
-    Role.OF_METHOD: {"branches", "topology", "preset", "method_options", "ramp_epochs"},
+    Role.OF_METHOD: {
+        *("branches", "topology", "preset", "method_options", "ramp_epochs", "teach_from")
+    },
 }
 
 

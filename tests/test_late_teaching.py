@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import signal
+import weakref
 
 import pytest
 import torch
@@ -279,9 +280,13 @@ def test_step_is_built_again_at_the_start_of_teaching(tmp_path, digits, monkeypa
     assert compiled == [alone.trunk, alone.branches[0]]
     runner.reason_against_capture = "another step"
     trainer.run(until=2)
+    del alone, runner
+    compiled.clear()
+    first = weakref.ref(trainer.step), weakref.ref(trainer.model)
     trainer._start_teaching()
+    assert [each() for each in first] == [None, None]  # their memory is free
     model = trainer.model
-    assert compiled[2:] == [model.trunk, model.companion, *model.branches]
+    assert compiled == [model.trunk, model.companion, *model.branches]
     assert trainer.runner.step is trainer.step
     assert trainer.runner.reason_against_capture == ""
     assert trainer.step.options.compile
@@ -412,7 +417,12 @@ def test_run_stopped_in_either_phase_is_evaluated_and_exported(
     weights = load_file(exported.path)
     assert weights.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in weights.items())
-    assert load_student(tmp_path / "run")[1]["accuracy"]["top1"] == trainer.last["leader"]
+    record = load_student(tmp_path / "run")[1]
+    assert record["accuracy"]["top1"] == trainer.last["leader"]
+    assert record["provenance"]["teach_from"] == 0.5
+    if branches == 1:
+        with pytest.raises(ConfigError, match=r"branch 'branch2': the last checkpoint .* omit"):
+            export_run(tmp_path / "run", branch="branch2", out=tmp_path / "other")
 
 
 def test_best_checkpoint_of_the_student_alone_is_read(tmp_path, digits, monkeypatch):

@@ -56,6 +56,9 @@ def export_run(
     form.describe({"name": _network_name(config, index)})
     run = load_run(path, which, data, device)
     model = run.evaluator.model
+    if index is not None and index >= model.num_branches:
+        alone = f"the {which} checkpoint of {path} is of the epochs before teach_from"
+        raise ConfigError(f"branch '{branch}': {alone} and holds only the student; omit --branch")
     student = (run.evaluator.student() if index is None else model.student(index)).eval()
     name, layout = (model.name, {}) if index is None else _architecture(run, index, student)
     record = student_record(

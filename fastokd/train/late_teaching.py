@@ -229,25 +229,22 @@ def _identities(
     """The modules of a branch that return their input unchanged in evaluation mode."""
     assert trunk is not None
     trunk, branch = copy.deepcopy(trunk).eval(), copy.deepcopy(branch).eval()
-    inputs: dict[str, Any] = {}
+    blocks = {branch.get_submodule(path): path for path in paths}
+    inputs: dict[nn.Module, Tensor] = {}
     identities = set()
 
-    def watch(path: str) -> None:
-        def keep(module: nn.Module, arguments: Any) -> None:
-            value = arguments[0]
-            inputs[path] = value.clone() if isinstance(value, Tensor) else None
+    def keep_input(block: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if isinstance(arguments[0], Tensor):
+            inputs[block] = arguments[0].clone()
 
-        def check(module: nn.Module, arguments: Any, output: Any) -> None:
-            given = inputs[path]
-            if given is not None and isinstance(output, Tensor) and torch.equal(output, given):
-                identities.add(path)
+    def compare(block: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        given = inputs.get(block)
+        if given is not None and isinstance(output, Tensor) and torch.equal(output, given):
+            identities.add(blocks[block])
 
-        block = branch.get_submodule(path)
-        block.register_forward_pre_hook(keep)
-        block.register_forward_hook(check)
-
-    for path in paths:
-        watch(path)
+    for block in blocks:
+        block.register_forward_pre_hook(keep_input)
+        block.register_forward_hook(compare)
     images = torch.randn(2, 3, *image_size, generator=torch.Generator().manual_seed(0))
     branch(trunk(images.to(next(branch.parameters()).device)))
     return identities

@@ -33,6 +33,9 @@ from fastokd.train.teacher import Teacher
 MAY_CHANGE = fields_with_role(Role.RESUME)
 """Fields that may change when a run is resumed; those that determine its results may not."""
 
+_RECORDED = ("aux_blocks", "compression", "teach_from", "seed", "epochs")
+"""Further fields in the record of a student."""
+
 
 def run_identity(config: TrainConfig, fingerprint: str | None) -> str:
     """A hash of the fields outside ``MAY_CHANGE`` and the data's fingerprint."""
@@ -48,7 +51,7 @@ def provenance(config: TrainConfig, run: RunFolder, fingerprint: str | None) -> 
         "method": config.method,
         "preset": config.preset,
         "branches": config.num_branches(),
-        **{name: getattr(config, name) for name in ("aux_blocks", "compression", "seed", "epochs")},
+        **{name: getattr(config, name) for name in _RECORDED},
         **run.versions(),
     }
 

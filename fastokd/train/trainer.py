@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import signal
 import time
@@ -328,7 +329,11 @@ class Trainer:
     def _start_teaching(self) -> None:
         """Replace the student alone by all networks, at the start of an epoch."""
         student = snapshot(self.step.state_dict())
+        if self.step.options.compile:
+            torch.compiler.reset()  # its networks count against the limit of recompilations
         del self.runner, self.step, self.model  # their memory is needed for the new ones
+        gc.collect()
+        torch.cuda.empty_cache()  # nothing without a GPU
         self._build_step(student=student)
         self._prepare_loss()
         self.reporter.info(
