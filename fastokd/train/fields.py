@@ -30,7 +30,7 @@ class Role(enum.Flag):
     SWITCH = enum.auto()
     """It turns an optimization of the step on or off."""
     TRAINED = enum.auto()
-    """It defines the network and its loss: published numbers hold only for the published value."""
+    """It defines the network and its loss."""
     OF_METHOD = enum.auto()
     """It belongs to the method, and returns to its default when another method is chosen."""
 

@@ -1,27 +1,20 @@
 """``fastokd sweep``: a grid over fields of a configuration, several seeds, a table of errors."""
 
 import json
-import statistics
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-import torch
 import yaml
 
-from fastokd.errors import MissingExtra
-from fastokd.experiments.analysis import figures
-from fastokd.experiments.analysis.runs import SAME_RUN, Run, value_in_words
+from fastokd.experiments.analysis.runs import SAME_RUN, value_in_words
 from fastokd.experiments.analysis.tables import BEST_EPOCH_NOTE, Table, csv_text, spread
-from fastokd.experiments.recipes import DATASETS, Published, Recipe
+from fastokd.experiments.recipes import Recipe
 from fastokd.experiments.sweep import grid, results
 from fastokd.experiments.sweep.equal_compute import equal_compute_record, equal_compute_table
 from fastokd.experiments.sweep.grid import Point, Values, short
 from fastokd.experiments.sweep.plan import Plan, Record, Results, check_seeds, plan_runs
-from fastokd.experiments.sweep.published import matched_recipes, point_differences, student_numbers
-from fastokd.experiments.sweep.queue import Outcome
 from fastokd.train.config import TrainConfig, override
 
 
@@ -89,20 +82,8 @@ class Sweep(Plan):
     def results(self, failed: Mapping[str, str]) -> "SweepResults":
         measured = self.measured(failed)
         runs = [run for each in measured.values() for run in each.runs]
-        published, notes = _published(self, runs)
-        notes += results.comparison_remarks(runs)
-        return SweepResults(measured, tuple(notes), self.out, self, tuple(published))
-
-    def run(
-        self, devices: Sequence[torch.device], per_device: int, say: Callable[[str], None]
-    ) -> Outcome:
-        """As ``Plan.run``, and draw the results at the end."""
-        outcome = super().run(devices, per_device, say)
-        try:
-            self.results(outcome.failed).draw()
-        except MissingExtra as error:
-            say(f"no heat map: {error}")
-        return outcome
+        notes = results.comparison_remarks(runs)
+        return SweepResults(measured, tuple(notes), self.out, self)
 
 
 def plan_sweep(
@@ -128,126 +109,67 @@ def plan_sweep(
     )
 
 
-def _published(sweep: Sweep, runs: Sequence[Run]) -> tuple[Sequence[Published | None], list[str]]:
-    """The published number of each point's student from one table, or None, and a note on it. All
-    are None if the runs are on data with other classes.
-    """
-    recipes = matched_recipes(sweep.recipe, sweep.values, sweep.points)
-    published = student_numbers(recipes)
-    number = next(filter(None, published), None)
-    if sweep.recipe is None or number is None:
-        return published, []
-    classes = DATASETS[sweep.recipe.dataset].num_classes
-    if any(run.data.get("num_classes", classes) != classes for run in runs):
-        return [None] * len(published), []
-    pairs = zip(recipes, published, strict=True)
-    different = [
-        *point_differences(sweep.points, [recipe if each else None for recipe, each in pairs]),
-        *results.data_differences(sweep.recipe, runs),
-    ]
-    if sweep.seeds < (number.runs or 1):
-        different.append(f"{sweep.seeds} of {number.runs} runs")
-    note = (
-        f"Published: {number.source}, which does not say whether of the last or the best epoch. Not"
-        f" as published: {'; '.join(different) or 'nothing that is known'}."
-    )
-    return published, [note]
-
-
-class _Grid(NamedTuple):
-    """Errors of all points by the values of two fields: as a table and as numbers."""
-
-    title: str
-    table: Table
-    values: list[list[float | None]]
-
-
 @dataclass(frozen=True)
 class SweepResults(Results):
-    """The results of a sweep, with the published number of each point's student or None."""
+    """The results of a sweep."""
 
     sweep: Sweep
-    published: tuple[Published | None, ...]
 
     def tables(self) -> list[Table]:
-        """A line for each point; before it, for two fields, tables of rows and columns; after it,
+        """A line for each point; before it, for two fields, a table of rows and columns; after it,
         the students alone with equal training compute.
         """
         labels = {
             point.name: grid.describe(point.values) or point.name for point in self.sweep.points
         }
+        grids = [self._grid_table()] if len(self.sweep.fields) == 2 else []
         alone = equal_compute_table(self.sweep, self.measured, labels)
-        return [*(each.table for each in self._grids()), self._point_table(), *alone]
+        return [*grids, self._point_table(), *alone]
 
     def _point_table(self) -> Table:
-        rows = []
-        for point, measured, number in self._points():
-            errors = measured.errors()
-            row = {
+        rows = [
+            {
                 "point": grid.describe(point.values) or point.name,
                 "runs": measured.progress(),
-                "last epoch": spread(errors),
+                "last epoch": spread(measured.errors()),
                 "best epoch": spread(measured.errors(best=True)),
             }
-            if any(self.published):
-                row["published"] = number.number() if number else "-"
-                row["difference, last epoch"] = results.difference(errors, number)
-            rows.append(row)
+            for point, measured in self._points()
+        ]
         title = "Errors of the student in %, mean +- sample standard deviation over seeds"
         return Table.of(title, rows, [BEST_EPOCH_NOTE, *self.notes])
 
-    def _points(self) -> list[tuple[Point, results.Measured, Published | None]]:
-        measured = [self.measured[point.name] for point in self.sweep.points]
-        return list(zip(self.sweep.points, measured, self.published, strict=True))
+    def _points(self) -> list[tuple[Point, results.Measured]]:
+        return [(point, self.measured[point.name]) for point in self.sweep.points]
 
-    def _grids(self) -> list[_Grid]:
-        """For two fields: our errors, and the published ones if there are any."""
-        if len(self.sweep.fields) != 2:
-            return []
-        cells: list[tuple[float | None, str]] = []
-        for _, measured, _ in self._points():
+    def _grid_table(self) -> Table:
+        """The errors by the values of two fields."""
+        cells = []
+        for _, measured in self._points():
             errors, text = measured.errors(), measured.progress()
             if errors:
                 some = "" if len(errors) == len(measured.states) else f" ({text})"
                 text = f"{spread(errors)}{some}"
-            cells.append((statistics.mean(errors) if errors else None, text))
-        several = "epochs" in self.sweep.fields
-        when = "last epoch" if several else f"last of {self.sweep.base.epochs} epochs"
-        names = [run.data.get("name", "") for each in self.measured.values() for run in each.runs]
-        seeds = f"{self.sweep.seeds} seed{'s' * (self.sweep.seeds > 1)}"
-        title = ", ".join(filter(None, ["here", *names[:1], seeds, when]))
-        grids = [self._grid(title, cells)]
-        published = self.published
-        if numbers := list(filter(None, published)):
-            cells = [(each.error, each.number()) if each else (None, "-") for each in published]
-            grids.append(self._grid(f"published, {numbers[0].source}", cells))
-        return grids
-
-    def _grid(self, title: str, cells: Sequence[tuple[float | None, str]]) -> _Grid:
-        """The values and texts of the points, in lines."""
+            cells.append(text)
         (row, row_values), (column, column_values) = (
             (short(field), list(map(value_in_words, self.sweep.values[field])))
             for field in self.sweep.fields
         )
         width = len(column_values)
         lines = [cells[start : start + width] for start in range(0, len(cells), width)]
-        rows = tuple(
-            (label, *(text for _, text in line))
-            for label, line in zip(row_values, lines, strict=True)
-        )
+        rows = tuple((label, *line) for label, line in zip(row_values, lines, strict=True))
+        several = "epochs" in self.sweep.fields
+        when = "last epoch" if several else f"last of {self.sweep.base.epochs} epochs"
+        names = [run.data.get("name", "") for each in self.measured.values() for run in each.runs]
+        seeds = f"{self.sweep.seeds} seed{'s' * (self.sweep.seeds > 1)}"
+        title = ", ".join(filter(None, [*names[:1], seeds, when]))
         head = (f"{row} \\ {column}", *column_values)
-        table = Table(f"Errors of the student in %, {title}", head, rows)
-        return _Grid(title, table, [[value for value, _ in line] for line in lines])
+        return Table(f"Errors of the student in %, {title}", head, rows)
 
     def as_json(self) -> Record:
         points = [
-            {
-                "name": point.name,
-                "values": point.values,
-                **measured.as_json(),
-                "published": number._asdict() if number else None,
-            }
-            for point, measured, number in self._points()
+            {"name": point.name, "values": point.values, **measured.as_json()}
+            for point, measured in self._points()
         ]
         name = self.sweep.recipe.name if self.sweep.recipe else None
         return {
@@ -261,45 +183,12 @@ class SweepResults(Results):
     def files(self) -> dict[str, str]:
         """``sweep.md``, and ``sweep.csv`` with unrounded numbers and spaces between seeds."""
         rows = []
-        for point, measured, number in self._points():
+        for point, measured in self._points():
             row: dict[str, Any] = {"point": point.name}
             row |= {field: value_in_words(value) for field, value in point.values.items()}
             for name, value in measured.as_json().items():
                 if name != "runs":
                     row[name] = " ".join(map(repr, value)) if isinstance(value, list) else value
-            if number:
-                row |= {"published": number.error, "published_std": number.std}
-                row["published_source"] = number.source
             rows.append(row)
         markdown = "\n".join(table.as_markdown() for table in self.tables())
         return {"sweep.md": markdown, "sweep.csv": csv_text(rows)}
-
-    def draw(self) -> None:
-        """Draw ``heat-map.png`` and ``heat-map.svg``, if there are two fields: our errors and the
-        published ones side by side, each with a separate color scale.
-        """
-        grids, fields = self._grids(), self.sweep.fields
-        if not grids:
-            return
-        plt = figures.require_matplotlib()
-        height, width = len(grids[0].table.rows), len(grids[0].table.head) - 1
-        inches = max(3.5, 1.1 * width + 1.5)
-        size = (inches * len(grids), max(2.6, 0.6 * height + 1.6))
-        figure, panels = figures.panel_grid(plt, len(grids), len(grids), size)
-        label = "error, %; own colour scale" if len(grids) > 1 else "error, %"
-        for axes, drawn in zip(panels, grids, strict=True):
-            texts = [row[1:] for row in drawn.table.rows]
-            image = figures.draw_heat_map(axes, drawn.values, texts, "small", cmap="viridis_r")
-            axes.set_xticks(range(width), drawn.table.head[1:])
-            axes.set_yticks(range(height), [row[0] for row in drawn.table.rows])
-            axes.set(xlabel=short(fields[1]), ylabel=short(fields[0]))
-            setup = "" if drawn is grids[0] else ", the paper's setup, see sweep.md"
-            axes.set_title(textwrap.fill(drawn.title + setup, int(11 * inches)), fontsize="medium")
-            if any(value is not None for line in drawn.values for value in line):
-                figure.colorbar(image, ax=axes, label=label)
-        base = self.sweep.base
-        shared = [getattr(base, name) for name in ("model", "method") if name not in fields]
-        title = ", ".join([*shared, "student"])
-        figure.suptitle(title, fontsize="medium", wrap=True)
-        files = figures.encoded(plt, figure, ("png", "svg"))
-        figures.FigureFiles("heat-map", title, title, files).write(self.out)
