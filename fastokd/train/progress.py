@@ -1,22 +1,25 @@
-"""Progress of a run: a live table on a terminal, plain lines elsewhere and in ``log.txt``."""
+"""Progress of a run: a bar on a terminal, plain lines elsewhere and in ``log.txt``."""
 
 import math
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.columns import Columns
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-from rich.progress_bar import ProgressBar
-from rich.table import Column, Table
-from rich.text import Text
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 
 from fastokd._moved import moved_names
 from fastokd.storage import format_bytes
@@ -24,16 +27,13 @@ from fastokd.storage import format_bytes
 T = TypeVar("T")
 
 LIVE_INTERVAL = 1.0
-"""Seconds between new numbers in the live table."""
+"""Seconds between new numbers next to the bar."""
 
 PLAIN_INTERVAL = 30.0
 """Seconds between plain progress lines within an epoch."""
 
 WINDOW = 30.0
 """Seconds over which throughput is measured, so that a slow first step is soon forgotten."""
-
-_ACCURACY = "accuracy/"
-"""The prefix of accuracies among the means of an epoch."""
 
 __getattr__ = moved_names(__name__, {__name__: ("Pace=Throughput",)})
 
@@ -86,11 +86,23 @@ class EpochProgress:
     memory: int | None = None
     """Peak bytes of GPU memory; None on a CPU."""
 
-    def describe(self, *further: str) -> str:
-        """Throughput, waiting, ``further`` numbers and memory as one line."""
+    def describe(self, student: str) -> str:
+        """One line; ``student`` is the name of the student's accuracy."""
+        accuracy = self.means.get(f"accuracy/{student}")
+        right = [] if accuracy is None else [f"{student} {100 * accuracy:.1f} %"]
         memory = [] if self.memory is None else [f"GPU {format_bytes(self.memory)}"]
-        waiting = f"waiting for data {100 * self.waiting_share:.0f} %"
-        return "  ".join([f"{self.images_per_second:.0f} img/s", waiting, *further, *memory])
+        epoch, run = duration(self.seconds_left_epoch), duration(self.seconds_left_run)
+        parts = [
+            f"loss {self.means['loss']:.4f}",
+            *right,
+            f"epoch {epoch} left, run {run} left",
+            f"{self.images_per_second:.0f} img/s",
+            f"waiting for data {100 * self.waiting_share:.0f} %",
+            f"lr {self.lr:.4g}",
+            f"kd_weight {self.kd_weight:.3g}",
+            *memory,
+        ]
+        return "  ".join(parts)
 
 
 class Throughput:
@@ -164,13 +176,12 @@ class Throughput:
 
 
 class Reporter:
-    """Shows the progress of a run: a live table on a terminal, plain lines elsewhere and in
-    ``log.txt``.
+    """Shows the progress of a run: a bar on a terminal, plain lines elsewhere and in ``log.txt``.
 
     Args:
         label: a prefix of every epoch, where there are several runs.
         quiet: show only what ``print`` prints; the log has the rest.
-        lines: if False, print no lines but those of ``print``; a terminal still has the table.
+        lines: if False, print no lines but those of ``print``; a terminal still has the bar.
         silent: nothing on the screen and no log, for all processes of a run but the first.
         console: None for stdout.
     """
@@ -190,10 +201,13 @@ class Reporter:
         self._silent = silent
         shows = not (quiet or silent)
         self._lines = lines and shows
-        # FORCE_COLOR makes rich take a pipe for a terminal; a table would fill a CI log.
+        # FORCE_COLOR makes rich take a pipe for a terminal; a bar would fill a CI log.
         self._live = shows and self.console.is_interactive and self.console.file.isatty()
-        self._display: Live | None = None
-        self._table = _EpochTable()
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._title, self._steps = "", 0
+        self._student = "branch1"
+        self._best: float | None = None
         self._decoded = Counter("reading images", self.console)
         self._log: Path | None = None
         self._noted = self._printed = time.monotonic()
@@ -240,20 +254,30 @@ class Reporter:
 
     def start_run(self, student: str, records: Iterable[Mapping[str, Any]] = ()) -> None:
         """Start a run: the name of the student's row, and the records of earlier epochs."""
-        self._table = _EpochTable(student)
+        self._student, self._best = student, None
         for record in records:
-            self._table.remember(record)
+            self._remember(record)
+
+    def _remember(self, record: Mapping[str, Any]) -> None:
+        """Keep the student's best accuracy; epochs before ``--ema`` changed the student lack it."""
+        accuracy = record["eval"].get(self._student)
+        if accuracy is not None and (self._best is None or accuracy > self._best):
+            self._best = accuracy
 
     def start_epoch(self, epoch: int, epochs: int, steps: int, done: int = 0) -> None:
         """Start a 0-based epoch, of which ``done`` of ``steps`` steps are done already."""
         self._printed = time.monotonic()
-        self._table.start(f"{self._label}epoch {epoch + 1}/{epochs}", steps, done)
-        if self._live and self._display is None:
-            render, rate = self._table.render, 2
-            self._display = Live(
-                console=self.console, get_renderable=render, refresh_per_second=rate, transient=True
-            )
-            self._display.start()
+        self._title, self._steps = f"{self._label}epoch {epoch + 1}/{epochs}", steps
+        if not self._live:
+            return
+        if self._bar is None:
+            one_line = Column(no_wrap=True, overflow="ellipsis")
+            numbers = TextColumn("{task.fields[numbers]}", table_column=one_line)
+            columns = ("{task.description}", BarColumn(20), MofNCompleteColumn(), numbers)
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._task = self._bar.add_task(self._title, numbers="")
+            self._bar.start()
+        self._bar.reset(self._task, description=self._title, total=steps, completed=done)
 
     def should_report(self) -> bool:
         """True if ``step`` would show numbers now; reading the loss waits for the device."""
@@ -264,32 +288,31 @@ class Reporter:
 
     def step(self, done: int, progress: EpochProgress | None = None) -> None:
         """Report ``done`` steps of the epoch, with numbers if ``should_report`` asked for them."""
-        table = self._table
-        table.done = done
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
         if progress is None:
             return
         self._noted = now = time.monotonic()
-        table.progress, table.is_current = progress, True
+        line = progress.describe(self._student)
+        if self._bar is not None:
+            best = "" if self._best is None else f"best {100 * self._best:.2f} %  "
+            self._bar.update(self._task, numbers=best + line, refresh=True)
         if now - self._printed > PLAIN_INTERVAL:
             self._printed = now
-            line = f"{table.title}  step {done}/{table.steps}  {table.describe_step(progress)}"
-            # On a terminal the table shows the numbers already.
-            self.log(line) if self._live else self.info(line)
+            text = f"{self._title}  step {done}/{self._steps}  {line}"
+            # On a terminal the numbers are next to the bar already.
+            self.log(text) if self._live else self.info(text)
 
     def evaluating(self) -> None:
         """Report that the steps of the epoch are done and its evaluation starts."""
-        self._table.evaluating = True
+        if self._bar is not None:
+            self._bar.update(self._task, numbers="evaluating", refresh=True)
 
     def end_epoch(self, record: Mapping[str, Any], seconds_left: float = 0.0) -> None:
         """Report the epoch's record and the seconds left."""
-        table = self._table
-        table.remember(record)
-        if table.progress is not None:
-            table.progress = replace(
-                table.progress, means=record["train"], seconds_left_run=seconds_left
-            )
+        self._remember(record)
         parts = [
-            f"{table.title}  loss {record['train']['loss']:.4f}  lr {record['lr']:g}",
+            f"{self._title}  loss {record['train']['loss']:.4f}  lr {record['lr']:g}",
             f"{record['images_per_second']:.0f} img/s",
         ]
         if "waiting_share" in record:
@@ -300,103 +323,11 @@ class Reporter:
         self.info("  ".join([*parts, f"accuracy %: {accuracies[0]}", *accuracies[1:]]))
 
     def close(self) -> None:
-        """Remove the live table, which hides the cursor; call it however a run ends."""
+        """Remove the bar, which hides the cursor; call it however a run ends."""
         self._decoded.close()
-        if self._display is not None:
-            self._display.stop()
-            self._display = None
-
-
-class _EpochTable:
-    """The live table of a run. Until an epoch's first numbers it shows those of the epoch before.
-
-    Args:
-        student: the name of the student's row.
-    """
-
-    def __init__(self, student: str = "branch1") -> None:
-        self.student = student
-        self.last: Mapping[str, float] = {}
-        self.best: Mapping[str, float] = {}
-        self.best_epoch = -1
-        self.progress: EpochProgress | None = None
-        self.start("", 0, 0)
-
-    def start(self, title: str, steps: int, done: int) -> None:
-        """Start an epoch."""
-        self.title, self.steps, self.done = title, steps, done
-        self.is_current = self.evaluating = False
-
-    def remember(self, record: Mapping[str, Any]) -> None:
-        """Take the accuracies of an epoch; the best epoch is the student's, for all rows."""
-        self.last = record["eval"]
-        if self.student not in self.last:
-            return  # an epoch before ``--ema`` changed the student
-        if self.best_epoch < 0 or self.last[self.student] > self.best[self.student]:
-            self.best, self.best_epoch = self.last, record["epoch"]
-
-    def render(self) -> RenderableType:
-        """The table, most important lines first: a short terminal cuts off the rest."""
-        means = self.progress.means if self.progress else {}
-        losses = [f"{name} {means[name]:.4f}" for name in means if not name.startswith(_ACCURACY)]
-        accuracies = self._accuracies(means)
-        parts: list[RenderableType] = [self._bar()]
-        if now := self.progress:
-            line = now.describe(f"lr {now.lr:.4g}", f"kd_weight {now.kd_weight:.3g}")
-            parts.append(Text(line, no_wrap=True, overflow="ellipsis"))
-        if accuracies.row_count:
-            parts.append(accuracies)
-        if losses:
-            parts.append(Columns(losses, padding=(0, 2), equal=True))
-        return Group(*parts)
-
-    def _bar(self) -> Table:
-        text = f"{self.done}/{self.steps}"
-        if self.evaluating:
-            text += "  evaluating"
-        elif self.progress and self.is_current:
-            text += f"  {duration(self.progress.seconds_left_epoch)} left"
-        if self.progress:
-            text += f"  run {duration(self.progress.seconds_left_run)} left"
-        grid = Table.grid(
-            Column(no_wrap=True, style="bold"),
-            Column(width=20),
-            Column(no_wrap=True),
-            padding=(0, 1),
-        )
-        grid.add_row(self.title, ProgressBar(max(self.steps, 1), self.done), text)
-        return grid
-
-    def _accuracies(self, means: Mapping[str, float]) -> Table:
-        train = {
-            name.removeprefix(_ACCURACY): value
-            for name, value in means.items()
-            if name.startswith(_ACCURACY)
-        }
-        best = f"best (epoch {self.best_epoch + 1})" if self.best else "best"
-        numbers = (
-            Column(title, justify="right", no_wrap=True) for title in ("train", "eval", best)
-        )
-        first = Column("accuracy %", no_wrap=True)
-        table = Table(first, *numbers, box=None, pad_edge=False, header_style="dim")
-        for name in dict.fromkeys([*train, *self.last]):
-            columns = (train, self.last, self.best)
-            cells = [f"{100 * each[name]:.2f}" if name in each else "-" for each in columns]
-            if name == self.student:
-                table.add_row(f"{name} (student)", *cells, style="bold")
-            else:
-                table.add_row(name, *cells)
-        return table
-
-    def describe_step(self, now: EpochProgress) -> str:
-        """The numbers of a plain line."""
-        accuracy = now.means.get(f"{_ACCURACY}{self.student}")
-        right = "" if accuracy is None else f"  {self.student} {100 * accuracy:.1f} %"
-        left = f"epoch {duration(now.seconds_left_epoch)} left, run"
-        return (
-            f"loss {now.means['loss']:.4f}{right}  {now.describe()}  {left}"
-            f" {duration(now.seconds_left_run)} left"
-        )
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
 
 def duration(seconds: float) -> str:
