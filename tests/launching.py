@@ -8,6 +8,9 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 _HANDLERS = {
@@ -38,6 +41,18 @@ def reset_signals() -> None:
     """Give a child process default dispositions, as ``preexec_fn`` of ``subprocess.Popen``."""
     for number in _HANDLERS:
         signal.signal(number, signal.SIG_DFL)
+
+
+def replace_training(monkeypatch: pytest.MonkeyPatch, command: Sequence[str]) -> None:
+    """Let sweeps start a command with the arguments of ``fastokd train`` instead of training."""
+    real = subprocess.Popen
+
+    def start(arguments: Sequence[str], **options: Any) -> "subprocess.Popen[bytes]":
+        if list(arguments[1:4]) == ["-m", "fastokd", "train"]:
+            arguments = [*command, *arguments[4:]]
+        return real(arguments, **options)
+
+    monkeypatch.setattr("fastokd.experiments.sweep.queue.subprocess.Popen", start)
 
 
 def free_port() -> int:

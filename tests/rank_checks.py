@@ -143,7 +143,7 @@ def one_step_fits(lacks_memory: bool) -> bool:
 
     if lacks_memory:
         memory.TrainStep.__call__ = out_of_memory
-    return memory._one_step_fits(
+    return memory.one_step_fits(
         TrainConfig(data="digits", model="resnet8", branches=2, aux_blocks=0, batch_size=8),
         open_dataset("digits"),
         torch.device("cpu"),

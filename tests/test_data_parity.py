@@ -12,7 +12,7 @@ from PIL import Image
 from stream_loaders import CROP, LOADERS, dali, dali_alone, picture, torchvision, write_split
 
 from fastokd.data import FileSplit, list_files, make_loader, open_dataset
-from fastokd.data.torchvision_loader import _jpeg_decoder
+from fastokd.data.torchvision_loader import jpeg_decoder
 
 SIDE, COVER = 64, 73  # 64 * 256 / 224
 
@@ -181,10 +181,10 @@ def test_pillow_without_torchvision_decoder_gives_same_pixels(golden, monkeypatc
             raise ImportError(name)
         return real(name, *args, **kwargs)
 
-    _jpeg_decoder.cache_clear()
+    jpeg_decoder.cache_clear()
     monkeypatch.setattr(builtins, "__import__", gone)
     try:
-        assert _jpeg_decoder() is None
+        assert jpeg_decoder() is None
         assert torch.equal(evaluated(torchvision, golden), want)
     finally:
-        _jpeg_decoder.cache_clear()
+        jpeg_decoder.cache_clear()

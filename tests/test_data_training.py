@@ -4,6 +4,7 @@ resume with all of it.
 
 import dataclasses
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from fastokd import cli
-from fastokd.data import Dataset, loader
+from fastokd.data import Dataset
 from fastokd.errors import ConfigError, DataError
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, check_config, load_config
@@ -21,13 +22,6 @@ from fastokd.train.run_folder import RunFolder
 from fastokd.train.runs import load_run
 from fastokd.train.session import resume_run
 from fastokd.train.trainer import Trainer
-
-LOADER = loader.LoaderKind(
-    lambda *_, **__: pytest.fail("it cannot run"),
-    decoded=False,
-    missing=lambda device: f"no {device} for it",
-)
-"""A loader of files that can run nowhere; this module is its module in a table of loaders."""
 
 CONFIG = TrainConfig(
     data="digits",
@@ -178,20 +172,10 @@ class TestChoice:
         ]
 
     def test_unavailable_faster_loaders_are_named(self, tmp_path, monkeypatch):
-        there = loader._loaders.targets
-        monkeypatch.setattr(
-            loader._loaders,
-            "targets",
-            {
-                "resident": there["resident"],
-                "toy": __name__,
-                "torchvision": there["torchvision"],
-                "worse": __name__,
-            },
-        )
+        monkeypatch.setitem(sys.modules, "nvidia.dali", None)
         name, _, line = self.choose(make_tree(tmp_path, (200, 300)))
         assert name == "torchvision"
-        assert line.endswith("decoded while training; toy cannot run (no cpu for it)")
+        assert "decoded while training; dali cannot run (DALI cannot be imported (" in line
 
     def test_loaded_run_keeps_loader_choice(self, tmp_path, monkeypatch):
         config = dataclasses.replace(
@@ -205,7 +189,7 @@ class TestChoice:
         )
         run(config, tmp_path / "run").run()
         monkeypatch.setattr(
-            "fastokd.train.data._is_small", lambda *_: pytest.fail("it was chosen anew")
+            "fastokd.train.data.list_source", lambda *_: pytest.fail("the loader was chosen again")
         )
         loaded = load_run(tmp_path / "run")
         assert isinstance(loaded.dataset, Dataset)

@@ -11,6 +11,7 @@ from fastokd.errors import CheckpointError, ConfigError
 from fastokd.export import write_student
 from fastokd.methods.modules import BranchPass, MethodModules
 from fastokd.models import BranchedModel, create_model, create_student
+from fastokd.models.factory import get_backbone
 from fastokd.train.ema import StudentAverage
 from fastokd.train.optimizers import Optimizers
 from tests.test_optimizers import config_of
@@ -148,7 +149,7 @@ def test_copied_student_is_refused() -> None:
         10,
         None,
         list(parts.branches),
-        parts._joins,
+        [get_backbone("resnet8").join] * 2,
         build_companion=lambda layout: Copies(),
         method="mine",
     )

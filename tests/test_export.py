@@ -714,9 +714,7 @@ def test_library_network_of_other_architecture_is_not_written(
 def _with_twin(monkeypatch, name, function, *arguments):
     with monkeypatch.context() as patch:
         patch.setitem(
-            sys.modules["fastokd.export.state_dict"]._TWINS["torchvision"],
-            "resnet18_imagenet",
-            name,
+            sys.modules["fastokd.export.state_dict"].TWINS["torchvision"], "resnet18_imagenet", name
         )
         return function(*arguments)
 

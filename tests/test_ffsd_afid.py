@@ -282,9 +282,7 @@ def test_ffsd_optimizer_settings_match_official_code():
     config = TrainConfig(model="resnet8", method="ffsd", weight_decay=1e-4, lr=0.1)
     model = create_model("resnet8", "ffsd", 4)
     optimizers = TrainStep(config, model, torch.device("cpu")).optimizers
-    groups = {
-        name: optimizer.param_groups for name, (optimizer, _) in optimizers._optimizers.items()
-    }
+    groups = {name: optimizer.param_groups for name, (optimizer, _) in optimizers.by_name.items()}
     decay = {
         id(parameter): group["weight_decay"]
         for group in groups["sgd"]

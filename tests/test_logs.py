@@ -149,7 +149,6 @@ class TestTensorBoard:
         (first,) = open_sinks(["tensorboard"], tmp_path, {"epochs": 5}, [], pytest.fail)
         for epoch in (0, 2, 3):
             first.write(record(epoch, 0.25))
-        first._sink._writer.flush()  # and never closed
         (second,) = open_sinks(
             ["tensorboard"],
             tmp_path,
@@ -222,10 +221,16 @@ class TestFailures:
         (other,) = open_sinks(["tensorboard"], tmp_path / "two", {}, [], said.append)
         broken.write(record(0))
 
-        def refuse():
-            raise OSError(28, "No space left on device")
+        from torch.utils.tensorboard import SummaryWriter
 
-        monkeypatch.setattr(broken._sink._writer, "flush", refuse)
+        flush = SummaryWriter.flush
+
+        def refuse(writer):
+            if Path(writer.log_dir).is_relative_to(tmp_path / "one"):
+                raise OSError(28, "No space left on device")
+            flush(writer)
+
+        monkeypatch.setattr(SummaryWriter, "flush", refuse)
         for epoch in range(1, 4):
             broken.write(record(epoch))
             other.write(record(epoch))
@@ -379,7 +384,8 @@ def online(monkeypatch):
         if module.refuses:
             raise RuntimeError("api_key not configured (no-tty)")
         calls.append(options)
-        return OnlineRun(options["id"])
+        module.run = OnlineRun(options["id"])
+        return module.run
 
     module.init, module.Settings, module.refuses = init, dict, False
     monkeypatch.setitem(sys.modules, "wandb", module)
@@ -388,7 +394,7 @@ def online(monkeypatch):
 
 
 def test_wandb_online_gets_missing_records(tmp_path, online):
-    _, calls = online
+    module, calls = online
     said = []
     (first,) = open_sinks(["wandb"], tmp_path, {"epochs": 9}, [], said.append)
     first.close()
@@ -399,7 +405,7 @@ def test_wandb_online_gets_missing_records(tmp_path, online):
         [record(0, 0.0), record(1, 0.1), record(2, 0.2)],
         said.append,
     )
-    run = sink._sink._run
+    run = module.run
     for epoch in range(3, 8):
         sink.write(record(epoch, epoch / 10))
     sink.close()

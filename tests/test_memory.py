@@ -280,7 +280,7 @@ def large():
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "gpu"])
 def test_fit_batch_size_returns_the_largest(device, large, monkeypatch):
-    monkeypatch.setattr(fastokd.train.memory, "_one_step_fits", lambda *arguments: True)
+    monkeypatch.setattr(fastokd.train.memory, "one_step_fits", lambda *arguments: True)
     takes = {
         count: estimate_memory(dataclasses.replace(SMALL, batch_size=count), large, device).total
         for count in batch_sizes(1024)
@@ -333,7 +333,7 @@ def test_fit_batch_size_shrinks_when_a_step_fails(large, monkeypatch):
     has_free(monkeypatch, 2**50)
     monkeypatch.setattr(
         fastokd.train.memory,
-        "_one_step_fits",
+        "one_step_fits",
         lambda config, *rest: tried.append(config.batch_size) or config.batch_size <= 512,
     )
     found, reason = fit_batch_size(SMALL, large, GPU)
@@ -342,7 +342,7 @@ def test_fit_batch_size_shrinks_when_a_step_fails(large, monkeypatch):
 
 
 def test_one_step_fits(images, monkeypatch):
-    tries = fastokd.train.memory._one_step_fits
+    tries = fastokd.train.memory.one_step_fits
     assert tries(SMALL, images, CPU, None)
     assert tries(
         dataclasses.replace(SMALL, method="tsb", model="resnet8", branches=2, topology=None),
@@ -497,7 +497,7 @@ def test_fit_batch_size_on_limited_gpu_runs():
         found, reason = fit_batch_size(config, images, GPU)
         assert 16 <= found < 1024
         assert "tried with one step" in reason
-        assert fastokd.train.memory._one_step_fits(
+        assert fastokd.train.memory.one_step_fits(
             dataclasses.replace(config, batch_size=found), images, GPU, None
         )
     finally:

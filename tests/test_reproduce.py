@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from cifar_files import write_cifar
+from launching import replace_training
 
 from fastokd import cli
 from fastokd.errors import ConfigError
 from fastokd.experiments.analysis.runs import Run
 from fastokd.experiments.recipes import get_recipe, list_recipes
-from fastokd.experiments.sweep import queue
 from fastokd.experiments.sweep.grid import parse_values
 from fastokd.experiments.sweep.reproduce import get_table, paper_tables, plan_reproduction, scaled
 from fastokd.experiments.sweep.results import data_differences
@@ -28,8 +28,7 @@ PUBLISHED = json.loads((Path(__file__).parent / "data" / "published.json").read_
 @pytest.fixture
 def fake(monkeypatch):
     """Runs that take no time."""
-    real = queue._command
-    monkeypatch.setattr(queue, "_command", lambda *given: [*FAKE, *real(*given)[4:]])
+    replace_training(monkeypatch, FAKE)
 
 
 def reproduce(out: Path, *arguments: str) -> int:

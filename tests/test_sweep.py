@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from cifar_files import write_cifar
-from launching import default_signals, start
+from launching import default_signals, replace_training, start
 
 from fastokd import cli
 from fastokd.errors import ConfigError, StorageError
@@ -38,8 +38,7 @@ TINY = ["--set", "model=resnet8", "--set", "batch_size=256"]
 @pytest.fixture
 def fake(monkeypatch):
     """Runs that take no time."""
-    real = queue._command
-    monkeypatch.setattr(queue, "_command", lambda *given: [*FAKE, *real(*given)[4:]])
+    replace_training(monkeypatch, FAKE)
 
 
 def sweep(out: Path, *arguments: str) -> int:
@@ -431,7 +430,7 @@ def test_runs_are_distributed_over_devices(fake, tmp_path):
 
 
 def test_killed_run_is_a_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr(queue, "_command", lambda *given: ["sh", "-c", "kill -9 $$"])
+    replace_training(monkeypatch, ["sh", "-c", "kill -9 $$"])
     outcome, _ = run_queue(tmp_path, jobs(tmp_path, 1), [torch.device("cpu")], 1)
     assert outcome == queue.Outcome({"run0": "killed by SIGKILL"}, 137)
 

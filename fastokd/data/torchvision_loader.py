@@ -186,13 +186,14 @@ def decode_rgb(data: bytes) -> Tensor:
     Raises:
         Exception: any exception of the decoder, for bytes that are not an image.
     """
-    if data.startswith(JPEG) and (decode_jpeg := _jpeg_decoder()) is not None:
+    if data.startswith(JPEG) and (decode_jpeg := jpeg_decoder()) is not None:
         return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     return torch.from_numpy(np.array(decode(BytesIO(data)))).permute(2, 0, 1)
 
 
 @functools.cache
-def _jpeg_decoder() -> Callable[[Tensor], Tensor] | None:
+def jpeg_decoder() -> Callable[[Tensor], Tensor] | None:
+    """torchvision's decoder of JPEG files to upright RGB; None if this version has none."""
     try:
         from torchvision.io import ImageReadMode, decode_jpeg
     except ImportError:

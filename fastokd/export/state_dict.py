@@ -73,7 +73,7 @@ def _filled(build: Callable[[], nn.Module], blob: bytes, where: str, what: str) 
 
 
 _RESNETS = {f"resnet{depth}_imagenet": f"resnet{depth}" for depth in (18, 34, 50)}
-_TWINS: dict[str, dict[str, str]] = {
+TWINS: dict[str, dict[str, str]] = {
     "torchvision": {**_RESNETS, "mobilenetv2_x1_0_imagenet": "mobilenet_v2"},
     "timm": _RESNETS,
 }
@@ -95,9 +95,9 @@ def _twin(library: str, architecture: Mapping[str, Any]) -> str:
     if plain:
         if name.startswith(f"{library}:"):
             return name.partition(":")[2]
-        if name in _TWINS[library]:
-            return _TWINS[library][name]
-    known = f"{', '.join(_TWINS[library])} and every {library}:NAME"
+        if name in TWINS[library]:
+            return TWINS[library][name]
+    known = f"{', '.join(TWINS[library])} and every {library}:NAME"
     raise ConfigError(
         f"{library} has no network with the weights of {'' if plain else 'this branch of '}{name};"
         f" it has them of {known}. Use --to safetensors, onnx or torch-export"

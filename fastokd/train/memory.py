@@ -265,7 +265,7 @@ def fit_batch_size(
     tried = device.type == "cuda"
     while tried and count:
         of_size = dataclasses.replace(config, batch_size=sizes[count - 1])
-        if all(gather_states(_one_step_fits(of_size, dataset, device, teacher))):
+        if all(gather_states(one_step_fits(of_size, dataset, device, teacher))):
             break
         count -= 1
     available = format_bytes(free or 0)
@@ -286,7 +286,7 @@ def fit_batch_size(
     return chosen.batch_size, f"{share.describe()}, {how}: {reason}; {scaling}"
 
 
-def _one_step_fits(
+def one_step_fits(
     config: TrainConfig, dataset: AnyDataset, device: torch.device, teacher: Teacher | None
 ) -> bool:
     """True if a step of this process alone fits next to the dataset, without compiling it."""

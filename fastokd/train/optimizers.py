@@ -40,14 +40,15 @@ class Optimizers:
         self.lr = torch.tensor(config.lr_at(0.0), dtype=torch.float32, device=device)
         """The learning rate of the run's optimizer, 0-d on the device, read by every update."""
         self._clip = config.clip_grad
-        self._optimizers: dict[str, tuple[Optimizer, list[_Group]]] = {}
+        self.by_name: dict[str, tuple[Optimizer, list[_Group]]] = {}
+        """PyTorch's optimizers, with their groups of parameters."""
         for name, settings in _settings(config, model).items():
             groups, options = [], []
             for parameters, different in settings:
                 groups.append((_Flat if flat else _Group)(parameters))
                 options.append({"params": groups[-1].tensors, **different})
-            self._optimizers[name] = _build(name, config, options, self.lr), groups
-        self._groups = [group for _, groups in self._optimizers.values() for group in groups]
+            self.by_name[name] = _build(name, config, options, self.lr), groups
+        self._groups = [group for _, groups in self.by_name.values() for group in groups]
         self.parts = tuple(part for group in self._groups for part in group.parts)
         """The names of the parameters in each part of the gradient whose norm is taken."""
         self.norms = torch.zeros(len(self.parts), device=device)
@@ -88,7 +89,7 @@ class Optimizers:
             skipped = skipped | (bad != 0)
         skipped = skipped.float()
         scale = self._scale(norm, divisor)
-        for optimizer, _ in self._optimizers.values():
+        for optimizer, _ in self.by_name.values():
             # The fused kernels read these attributes, as GradScaler sets them.
             vars(optimizer).update(grad_scale=scale, found_inf=skipped)
             optimizer.step()
@@ -141,7 +142,7 @@ class Optimizers:
     def _states(self) -> dict[str, tuple[str, dict[str, Tensor]]]:
         """For every parameter the name of its optimizer and its state, to be changed in place."""
         states: dict[str, tuple[str, dict[str, Tensor]]] = {}
-        for title, (optimizer, groups) in self._optimizers.items():
+        for title, (optimizer, groups) in self.by_name.items():
             for group in groups:
                 each = [optimizer.state[tensor] for tensor in group.tensors]
                 columns = {key: group.split([state[key] for state in each]) for key in each[0]}
