@@ -408,6 +408,7 @@ class _Picky:
 
 
 def test_auto_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Private, because a registered executor cannot be removed in a public way.
     monkeypatch.setattr(executors._executors, "targets", dict(executors._executors.targets))
     monkeypatch.setattr(executors, "_preferred", dict(executors._preferred))
     monkeypatch.setattr(executors, "_warned", set())
@@ -430,6 +431,7 @@ def test_auto_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_explicit_unavailable_executor_reports_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Private, as above.
     monkeypatch.setattr(executors._executors, "targets", dict(executors._executors.targets))
     register_executor("absent", "fastokd_executor_that_is_not_installed")
     with pytest.raises(

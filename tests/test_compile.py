@@ -235,6 +235,7 @@ def test_constant_functions_have_pytorch_mark():
     def function():
         return 0
 
+    # Private, because the mark has no effect that a test could see without a GPU.
     assert vars(torch.compiler.assume_constant_result(function)) == vars(
         operator._constant_when_traced(lambda: 0)
     )

@@ -41,6 +41,7 @@ def test_instruction_set_matches_float64(
     name: str, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = cpu.open_library()
+    # Private, because the instruction set is chosen once per process in a public way.
     monkeypatch.setattr(
         cpu, "_compiled", lambda plan: cpu.CompiledPlan(library, *plan.encode(), isa)
     )
@@ -202,6 +203,7 @@ class TestLibrary:
             cpu.open_library()
 
     def test_unusable_library_is_refused_with_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Private, because the library is loaded once per process.
         monkeypatch.setattr(cpu, "_library", lambda: "the reason")
         inputs = CPU.make("cross-entropy alone", (2, 3))
         with pytest.raises(ExecutorUnavailable, match="impl='cpu' cannot run here: the reason"):

@@ -608,6 +608,7 @@ def test_make_loader_with_conflicting_options_is_refused(tmp_path):
 def test_new_loader_is_one_module_and_one_registry_entry(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     resident = {"resident": "fastokd.data.resident"}
+    # Private, because a registered loader cannot be removed in a public way.
     monkeypatch.setattr("fastokd.data.loader._loaders.targets", resident)
     (tmp_path / "toy_loader_module.py").write_text(
         "from fastokd.data import LoaderKind, ResidentLoader\nLOADER = LoaderKind(ResidentLoader,"

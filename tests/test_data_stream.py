@@ -301,10 +301,13 @@ def test_set_size_other_than_size_of_buffer_is_refused(split, make):
 def test_dali_pipeline_is_rebuilt_only_on_size_change(split, monkeypatch):
     loader, built = dali(split, 4, True), []
     pipeline = pytest.importorskip("nvidia.dali.pipeline")
-    build = pipeline.Pipeline.build
-    monkeypatch.setattr(
-        pipeline.Pipeline, "build", lambda self: built.append(loader.framing.size) or build(self)
-    )
+    init = pipeline.Pipeline.__init__
+
+    def note(self, *arguments, **options):
+        built.append(loader.framing.size)
+        init(self, *arguments, **options)
+
+    monkeypatch.setattr(pipeline.Pipeline, "__init__", note)
     for epoch, size in enumerate((None, 32, None, 20, 20)):
         loader.set_size(size)
         loader.set_epoch(epoch)

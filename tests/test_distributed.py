@@ -258,6 +258,7 @@ def test_restart_ignores_store_of_previous_start():
         found = {}
 
         def meet(rank, found=found):
+            # Private, because torchrun restarts with one store only after workers have died.
             found[rank] = _store_of_this_start(store, Ranks(rank, 2, rank))
 
         threads = [threading.Thread(target=meet, args=(rank,), daemon=True) for rank in (1, 0)]

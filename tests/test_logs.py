@@ -473,6 +473,7 @@ class TestEnvironment:
         run = RunFolder.create(tmp_path / "run")
         run.save_environment(torch.device("cpu"), {"name": "toy"})
         start = json.loads(run.environment_path.read_text())
+        # Private, because the commit of the checkout changes.
         monkeypatch.setattr(run_folder, "_commit", lambda: "0123456789ab")
         monkeypatch.setattr(
             sys, "orig_argv", ["python3", "/usr/bin/fastokd", "train", "--resume", "run"]

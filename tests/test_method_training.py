@@ -293,6 +293,7 @@ def test_run_prints_teacher_and_loss_terms(tmp_path, digits, teacher_run, capsys
 
 def test_teacher_does_not_change(tmp_path, digits, teacher_run):
     trainer = make(settings("kd", teacher_run, epochs=1), tmp_path / "run", digits)
+    # Private, because the teacher is no submodule and in no state dict.
     (network,) = trainer.model.companion._network
     before = {name: value.clone() for name, value in network.state_dict().items()}
     trainer.model.train()

@@ -387,6 +387,7 @@ BACKBONES = {"toy": Backbone("toy", trunk, branch, PlainNetwork.join)}
 def test_new_network_is_one_file_and_one_registry_entry(tmp_path, monkeypatch):
     (tmp_path / "toy_backbone_module.py").write_text(TOY)
     monkeypatch.syspath_prepend(tmp_path)
+    # Private, because a registered network cannot be removed in a public way.
     monkeypatch.setattr(factory._models, "targets", dict(factory._models.targets))
     register_model("toy", "toy_backbone_module")
     model = create_model("toy", num_classes=3, num_branches=3, aux_blocks=1).eval()

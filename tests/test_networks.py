@@ -674,6 +674,7 @@ def test_invalid_arguments_are_reported_with_fix(
 ) -> None:
     stock = get_backbone("resnet8")
     mine = Backbone("mine", stock.build_trunk, stock.build_branch, stock.join)
+    # Private, because a registered network cannot be removed in a public way.
     targets = {**factory._models.targets, "mine": "mine"}
     monkeypatch.setattr(factory._models, "targets", targets)
     real = factory.get_backbone

@@ -675,4 +675,5 @@ def test_duplicate_recipe_name_is_refused(monkeypatch: pytest.MonkeyPatch):
         ):
             list_recipes()
     finally:
+        # Private, because registered recipes cannot be removed in a public way.
         recipes._modules.remove("again")

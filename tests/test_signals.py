@@ -90,6 +90,7 @@ def test_handlers_are_unchanged_outside_main_thread():
 def test_launcher_forwards_signals_not_ignored():
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
+        # Private, because a launcher passes signals on only while its processes run.
         with _passed_on([]) as passed:
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGUSR1)

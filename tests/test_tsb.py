@@ -196,6 +196,7 @@ def test_memory_size_is_reported_before_allocation(monkeypatch):
         == "temporal accumulator: 2 networks' predictions of 50,000 samples and 100 classes take"
         " 38.1 MiB of float32, on cpu"
     )
+    # Private, because the free memory differs between machines.
     monkeypatch.setattr(tsb, "_free_memory", lambda device: 2**30)
     with pytest.raises(
         ConfigError,
