@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastokd.data import stream
-from fastokd.data.files import FileSplit
+from fastokd.data.files import FileSplit, replacement_index
 from fastokd.data.images import decode, default_workers, reason_of
 from fastokd.data.loader import LoaderKind
 from fastokd.data.random_crop import ATTEMPTS
@@ -266,7 +266,7 @@ class DaliLoader(StreamLoader):
         indices = request.indices.copy()
         for row, i in enumerate(indices.tolist()):
             if i in self.replaced:
-                indices[row] = stream.replacement_index(self.split, i, self.replaced)
+                indices[row] = replacement_index(self.split, i, self.replaced)
         return request._replace(indices=indices)
 
     def _probe(self, request: Request) -> dict[int, str]:

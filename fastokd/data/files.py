@@ -10,7 +10,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
@@ -306,17 +306,29 @@ def _replace_corrupt(
     if len(corrupt) > allowed:
         raise error(f"--bad-images replace takes at most {allowed}; list the others with {listing}")
     for i in corrupt:
-        same_class = (targets == targets[i]).nonzero().flatten().tolist()
-        others = [j for j in same_class if j not in corrupt]
-        if not others:
-            name = escape(source.classes[int(targets[i])])
-            raise error(f"class '{name}' has no other image to replace them")
-        images[i] = images[next((j for j in others if j > i), others[0])]
+        images[i] = images[replacement_index(source.train, i, corrupt)]
     listed = summarize([f"{names[i]} ({reason})" for i, reason in corrupt.items()])
     warnings.warn(
         f"{len(corrupt)} of {len(targets)} training images cannot be decoded and were replaced by"
         f" others of their class: {listed}",
         stacklevel=2,
+    )
+
+
+def replacement_index(split: FileSplit, index: int, corrupt: Container[int]) -> int:
+    """The next image of the same class that is not corrupt, continuing at the first after the last.
+
+    Raises:
+        DataError: all are corrupt.
+    """
+    same_class = (split.targets == split.targets[index]).nonzero().flatten().tolist()
+    position = same_class.index(index)
+    for other in same_class[position + 1 :] + same_class[:position]:
+        if other not in corrupt:
+            return int(other)
+    images = f"the {len(same_class)} images of the class of {escape(split.files[index])}"
+    raise DataError(
+        f"{split.where}: none of {images} can be decoded; fix what 'fastokd data check' finds"
     )
 
 

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Container, Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -336,23 +336,6 @@ class StreamLoader(LoaderBase, ABC):
         if len(self.replaced) > limit:
             found = f"{len(self.replaced)} corrupt images, the last {names[-1]}"
             raise DataError(f"{where}: {found}; at most {limit} are replaced: fix {checked}")
-
-
-def replacement_index(split: FileSplit, index: int, corrupt: Container[int]) -> int:
-    """The next image of the same class that is not corrupt, continuing at the first after the last.
-
-    Raises:
-        DataError: all are corrupt.
-    """
-    same_class = (split.targets == split.targets[index]).nonzero().flatten().tolist()
-    position = same_class.index(index)
-    for other in same_class[position + 1 :] + same_class[:position]:
-        if other not in corrupt:
-            return int(other)
-    images = f"the {len(same_class)} images of the class of {escape(split.files[index])}"
-    raise DataError(
-        f"{split.where}: none of {images} can be decoded; fix what 'fastokd data check' finds"
-    )
 
 
 def check_options(options: object, **rules: tuple[float, float] | Collection[str]) -> None:

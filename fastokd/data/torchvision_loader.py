@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastokd.data import stream
-from fastokd.data.files import FileSplit
+from fastokd.data.files import FileSplit, replacement_index
 from fastokd.data.images import decode, default_workers, reason_of
 from fastokd.data.loader import LoaderKind
 from fastokd.data.random_crop import window
@@ -154,7 +154,7 @@ class _Batches(Dataset[Any]):
                 while not self._decode_into(pixels[row], i, request, candidate, corrupt):
                     if not self.replace:
                         break
-                    i = stream.replacement_index(self.split, i, corrupt)
+                    i = replacement_index(self.split, i, corrupt)
             except DataError as error:
                 failure = str(error)
             indices[row] = i
