@@ -2,7 +2,7 @@
 
 import bisect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -57,11 +57,35 @@ class Optimizers:
         """Set the learning rate of the run's optimizer; also between replays of a captured step."""
         self.lr.copy_(lr) if isinstance(lr, Tensor) else self.lr.fill_(lr)
 
+    def copies(
+        self, parameters: Iterable[nn.Parameter], dtype: torch.dtype
+    ) -> dict[nn.Parameter, nn.Parameter]:
+        """Copies of some of the parameters in another dtype, to be used in the forward pass instead
+        of them; needs ``flat``. Their gradients count as the parameters'.
+        """
+        chosen = set(parameters)
+        made: dict[nn.Parameter, nn.Parameter] = {}
+        for group in self._groups:
+            made |= group.copies(chosen, dtype)
+        return made
+
+    def update_copies(self) -> None:
+        """Cast the parameters into their copies, in one operation for each kind of parameter."""
+        for group in self._groups:
+            group.update_copies()
+
     def zero_grad(self) -> None:
         """Drop all gradients, so that the next backward pass writes instead of adding to zeros."""
         for group in self._groups:
-            for parameter in group.parameters:
-                parameter.grad = None
+            group.zero_grad()
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Add the gradients of a backward pass to those before in float32, which autograd does not
+        do for copies; call it before the next backward pass of the same step.
+        """
+        for group in self._groups:
+            group.accumulate()
 
     @torch.no_grad()
     def step(
@@ -217,6 +241,23 @@ class _Group:
         """From one tensor for each of ``tensors`` to one for each parameter, sharing its memory."""
         return tensors
 
+    def copies(
+        self, chosen: Set[nn.Parameter], dtype: torch.dtype
+    ) -> dict[nn.Parameter, nn.Parameter]:
+        """As ``Optimizers.copies``."""
+        raise NotImplementedError("copies in another dtype need flat=True")
+
+    def update_copies(self) -> None:
+        """As ``Optimizers.update_copies``."""
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def accumulate(self) -> None:
+        """As ``Optimizers.accumulate``; autograd does it for parameters."""
+
     def collect(self) -> None:
         """Put a gradient at each of ``tensors``."""
         for parameter in self.parameters:
@@ -266,6 +307,9 @@ class _Flat(_Group):
         self._flat.grad = torch.zeros_like(flat)
         self.tensors = [self._flat]
         self._gradients = self._cut(self._flat.grad)
+        self._flat_copy: Tensor | None = None
+        self._sources = self.parameters
+        self._accumulated = False
 
     def _cut(self, flat: Tensor) -> list[Tensor]:
         return [flat.as_strided(*view) for view in self._views_of]
@@ -274,13 +318,53 @@ class _Flat(_Group):
         (tensor,) = tensors  # of the flat tensor's size, or a count of steps
         return self._cut(tensor.detach()) if tensor.dim() else [tensor] * len(self._views_of)
 
+    def copies(
+        self, chosen: Set[nn.Parameter], dtype: torch.dtype
+    ) -> dict[nn.Parameter, nn.Parameter]:
+        if chosen.isdisjoint(self.parameters):
+            return {}
+        self._flat_copy = torch.zeros_like(self._flat, dtype=dtype, requires_grad=False)
+        views = zip(self.parameters, self._cut(self._flat_copy), strict=True)
+        copies = {parameter: nn.Parameter(view) for parameter, view in views if parameter in chosen}
+        self._sources = [copies.get(parameter, parameter) for parameter in self.parameters]
+        return copies
+
+    @torch.no_grad()
+    def update_copies(self) -> None:
+        if self._flat_copy is not None:
+            self._flat_copy.copy_(self._flat)
+
+    def zero_grad(self) -> None:
+        self._accumulated = False
+        for source in self._sources:
+            source.grad = None
+
+    def accumulate(self) -> None:
+        if self._flat_copy is None:
+            return
+        self.collect()
+        for source in self._sources:
+            source.grad = None
+        self._accumulated = True
+
     def collect(self) -> None:
         if self.parameters[0].data_ptr() != self._views[0].data_ptr():
             raise RuntimeError(
                 "the weights were moved after the Optimizers were made; move the model before"
             )
-        super().collect()
-        torch._foreach_copy_(self._gradients, [_gradient(each) for each in self.parameters])
+        total = _gradient(self._flat)
+        before = total.clone() if self._accumulated else None
+        by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for view, source in zip(self._gradients, self._sources, strict=True):
+            gradient = torch.zeros_like(source) if source.grad is None else source.grad
+            into, gradients = by_dtype.setdefault(gradient.dtype, ([], []))
+            into.append(view)
+            gradients.append(gradient)
+        # Copying a list of mixed dtypes takes a kernel for every tensor.
+        for into, gradients in by_dtype.values():
+            torch._foreach_copy_(into, gradients)
+        if before is not None:
+            total.add_(before)
 
     def norms(self) -> Tensor:
         return torch.linalg.vector_norm(_gradient(self._flat).view(-1, _ROW), dim=1)
