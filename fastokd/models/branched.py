@@ -178,6 +178,8 @@ class BranchedModel(nn.Module):
         for part in (self.trunk, self.companion, *self.branches):
             if part is not None:
                 part.compile()
+        if self.companion is not None and self.overrides_forward:
+            vars(self.companion)["run"] = torch.compile(self.companion.run)
 
     @property
     def overrides_forward(self) -> bool:

@@ -197,6 +197,8 @@ class TrainStep(BranchEvaluator):
             self.sum_metrics = torch.compile(self.sum_metrics, options=FEW_KERNELS)
             self.check_loss = torch.compile(self.check_loss, options=FEW_KERNELS)
             self.record = torch.compile(self.record, options=FEW_KERNELS)
+            if self.criterion.extra_terms:  # of feature maps or weights, in many operations
+                vars(self.criterion)["graph_inputs"] = torch.compile(self.criterion.graph_inputs)
 
     def set_schedule(self, lr: float, kd_weight: float) -> None:
         """Set the learning rate and the factor of the scheduled terms for the next steps."""
