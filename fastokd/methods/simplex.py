@@ -39,7 +39,13 @@ def lowest_cross_entropy_weights(
     """
     fused = len(rows) * rows[0].shape[1] <= _FUSED_LOGITS and not torch.compiler.is_compiling()
     if fused and resolve(impl, None, Case(rows[0].device.type, rows[0].dtype)) == "triton":
-        return _solved_in_one_kernel(torch.stack([row.detach() for row in rows]), target)
+        from fastokd.kernels.triton.simplex import launch_solver  # imports Triton
+
+        stacked = torch.stack([row.detach() for row in rows], 1)
+        weights = torch.empty(stacked.shape[:2], dtype=torch.float64, device=target.device)
+        with torch.cuda.device_of(stacked):  # type: ignore[no-untyped-call]
+            launch_solver(stacked, target, weights, _STEPS, _STEP_LENGTHS, _FIRST_RANGE, _RIDGE)
+        return weights
     z = torch.stack([row.detach() for row in rows], 1).double()
     count, num_classes = z.shape[1:]
     # With every row shifted so that <y, z> = 0, the cross-entropy of a mixture is its logsumexp.
@@ -51,8 +57,8 @@ def lowest_cross_entropy_weights(
     # Made on the device: a tensor of Python numbers would be copied there, and wait for it.
     numbers = torch.arange(1, 2**count, device=z.device).unsqueeze(1)
     faces = (numbers >> torch.arange(count, device=z.device) & 1).to(z.dtype)
-    lengths = 0.5 ** torch.arange(_STEP_LENGTHS, dtype=z.dtype, device=z.device)
-    lengths = torch.cat((torch.zeros_like(lengths[:1]), lengths))
+    halves = 0.5 ** torch.arange(_STEP_LENGTHS, dtype=z.dtype, device=z.device)
+    lengths = torch.cat((z.new_zeros(1), halves))
     a = torch.full(z.shape[:2], 1 / count, dtype=z.dtype, device=z.device)
     first = (z.amax((1, 2), keepdim=True) - z.amin((1, 2), keepdim=True)) / _FIRST_RANGE
     for step in range(_STEPS):
@@ -77,7 +83,6 @@ def _quadratic_minimum(a: Tensor, gradient: Tensor, hessian: Tensor, faces: Tens
 
     On the face of the rows F it solves ``H_FF x_F + nu = (H a - g)_F`` with ``sum x_F = 1``.
     """
-    count = a.shape[1]
     trace = hessian.diagonal(dim1=1, dim2=2).sum(1)
     scale = torch.maximum(trace, 1e-12 * (1 + gradient.abs().amax(1)))
     # The ridge decides where the model is flat, for example for equal rows. A constant added to all
@@ -95,20 +100,3 @@ def _quadratic_minimum(a: Tensor, gradient: Tensor, hessian: Tensor, faces: Tens
     x = x / x.sum(2, keepdim=True)
     best = (((x @ h) * x).sum(2) / 2 - (x * right.unsqueeze(1)).sum(2)).argmin(1)
     return x.gather(1, best.view(-1, 1, 1).expand(-1, 1, a.shape[1])).squeeze(1)
-
-
-def _solved_in_one_kernel(rows: Tensor, target: Tensor) -> Tensor:
-    """The weights [B, M] for rows [M, B, C]."""
-    from fastokd.kernels.triton.simplex import lowest_cross_entropy_kernel  # imports Triton
-
-    count, batch, num_classes = rows.shape
-    weights = torch.empty(batch, count, dtype=torch.float64, device=rows.device)
-    size, block = 1 << (count - 1).bit_length(), 1 << (num_classes - 1).bit_length()
-    shape = count, num_classes, target.is_floating_point(), _STEPS, _STEP_LENGTHS + 1
-    with torch.cuda.device_of(rows):
-        lowest_cross_entropy_kernel[(batch,)](
-            *(rows, target.contiguous(), weights, batch, _RIDGE, _FIRST_RANGE, *shape),
-            *(size, 2**count, block),
-            num_warps=8 if size * block > 2048 else 4,
-        )
-    return weights

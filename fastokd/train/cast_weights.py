@@ -12,14 +12,14 @@ from torch.utils._pytree import tree_leaves
 
 from fastokd.models import BranchedModel
 from fastokd.models.branched import one_by_one
-from fastokd.train.optimizers import Optimizers
+from fastokd.train.optimizers import FlatParameters, Optimizers
 from fastokd.train.precision import autocast, image_dtype
 
 
 class CastWeights:
     """Copies of the weights that autocast would cast in every forward pass, in its dtype.
 
-    All copies are made by one operation, and the forward pass uses them instead of the weights.
+    One operation makes all copies, and the forward pass uses them instead of the weights.
     The results are bit-identical: only weights are replaced that the forward pass casts and does
     not use otherwise, and whose gradient is cast once (``cast_parameters``). State dicts, averages
     and evaluation use the weights themselves.
@@ -35,14 +35,15 @@ class CastWeights:
     def __init__(
         self, model: BranchedModel, optimizers: Optimizers, images: Tensor, precision: str
     ) -> None:
-        found = cast_parameters(model, images, precision)
-        trained = [parameter for parameter in found if parameter.requires_grad]
-        copies = optimizers.copies(trained, image_dtype(precision))
-        self._optimizers = optimizers
-        self._frozen = [parameter for parameter in found if not parameter.requires_grad]
+        chosen, dtype = cast_parameters(model, images, precision), image_dtype(precision)
+        self._groups = [group for group in optimizers.groups if isinstance(group, FlatParameters)]
+        copies: dict[nn.Parameter, nn.Parameter] = {}
+        for group in self._groups:
+            copies |= group.make_copies(set(chosen), dtype)
+        self._frozen: list[Tensor] = [parameter for parameter in chosen if parameter not in copies]
         self._frozen_copies: list[Tensor] = []
         for parameter in self._frozen:
-            copy = torch.empty_like(parameter, dtype=image_dtype(precision))
+            copy = torch.empty_like(parameter, dtype=dtype)
             copies[parameter] = nn.Parameter(copy, requires_grad=False)
             self._frozen_copies.append(copies[parameter])
         self._places = [
@@ -55,7 +56,8 @@ class CastWeights:
     @torch.no_grad()
     def update(self) -> None:
         """Cast the weights, once before the forward passes of a step."""
-        self._optimizers.update_copies()
+        for group in self._groups:
+            group.update_copies()
         if self._frozen:
             torch._foreach_copy_(self._frozen_copies, self._frozen)
 
@@ -85,7 +87,10 @@ def cast_parameters(model: BranchedModel, images: Tensor, precision: str) -> lis
             autocast(precision, images.device),
             eager,
         ):
-            buffers = {name: mode.from_tensor(buffer) for name, buffer in model.named_buffers()}
+            # Small buffers would change.
+            buffers: dict[str, Tensor] = {
+                name: mode.from_tensor(buffer) for name, buffer in model.named_buffers()
+            }
             output = torch.func.functional_call(model, buffers, (mode.from_tensor(images),))
     finally:
         model.run_branches = run_branches

@@ -3,6 +3,8 @@
 The method is that of ``fastokd.methods.simplex``, in one kernel with one program per sample.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -71,7 +73,6 @@ def lowest_cross_entropy_kernel(
     rows,
     target,
     weights,
-    batch,
     ridge,
     first_range,
     COUNT: tl.constexpr,
@@ -83,7 +84,7 @@ def lowest_cross_entropy_kernel(
     FACES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Weights [batch, COUNT] in float64, from contiguous logits [COUNT, batch, NUM_CLASSES] and a
+    """Weights [batch, COUNT] in float64, from contiguous logits [batch, COUNT, NUM_CLASSES] and a
     contiguous target. ``SIZE`` and ``BLOCK`` are the powers of two from COUNT and NUM_CLASSES on,
     ``FACES`` is 2^COUNT, ``LENGTHS`` the step lengths that are tried, a power of two.
     """
@@ -91,7 +92,7 @@ def lowest_cross_entropy_kernel(
     own = tl.arange(0, SIZE)
     columns = tl.arange(0, BLOCK)
     valid = columns < NUM_CLASSES
-    offsets = (own.to(tl.int64)[:, None] * batch + sample) * NUM_CLASSES + columns[None, :]
+    offsets = (sample * COUNT + own[:, None]) * NUM_CLASSES + columns[None, :]
     used = (own < COUNT)[:, None] & valid[None, :]
     z = tl.load(rows + offsets, mask=used, other=0.0).to(tl.float64)
     # With every row shifted so that <y, z> = 0, the cross-entropy of a mixture is its logsumexp.
@@ -134,3 +135,38 @@ def lowest_cross_entropy_kernel(
         power = tl.min(tl.where(good, powers, LENGTHS), 0)
         a += tl.where(power < LENGTHS, tl.exp2(1.0 - power.to(tl.float64)), 0.0) * (goal - a)
     tl.store(weights + sample * COUNT + own, a, mask=own < COUNT)
+
+
+def launch_solver(
+    rows: Any, target: Any, weights: Any, steps: int, lengths: int, first_range: float, ridge: float
+) -> None:
+    """Write the weights of a batch.
+
+    Args:
+        rows: contiguous logits [B, M, C].
+        target: int64 [B], or floating [B, C] class probabilities.
+        weights: contiguous float64 [B, M].
+        steps: Newton's steps.
+        lengths: lengths of a step that are tried next to 0; one less than a power of two.
+        first_range: range of the logits in the first step.
+        ridge: added to the diagonal of scaled Hessians.
+    """
+    batch, count, num_classes = rows.shape
+    size, block = triton.next_power_of_2(count), triton.next_power_of_2(num_classes)
+    if batch:
+        lowest_cross_entropy_kernel[(batch,)](
+            rows,
+            target.contiguous(),
+            weights,
+            ridge,
+            first_range,
+            COUNT=count,
+            NUM_CLASSES=num_classes,
+            SOFT=target.is_floating_point(),
+            STEPS=steps,
+            LENGTHS=lengths + 1,
+            SIZE=size,
+            FACES=2**count,
+            BLOCK=block,
+            num_warps=8 if size * block > 2048 else 4,
+        )
