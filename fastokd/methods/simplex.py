@@ -37,17 +37,17 @@ def lowest_cross_entropy_weights(
         target: int64 [B], or floating [B, C] class probabilities.
         impl: the executor of the loss; "triton" solves in one kernel.
     """
-    fused = len(rows) * rows[0].shape[1] <= _FUSED_LOGITS and not torch.compiler.is_compiling()
-    if fused and resolve(impl, None, Case(rows[0].device.type, rows[0].dtype)) == "triton":
+    z = torch.stack([row.detach() for row in rows], 1)
+    count, num_classes = z.shape[1:]
+    fused = count * num_classes <= _FUSED_LOGITS and not torch.compiler.is_compiling()
+    if fused and resolve(impl, None, Case(z.device.type, z.dtype)) == "triton":
         from fastokd.kernels.triton.simplex import launch_solver  # imports Triton
 
-        stacked = torch.stack([row.detach() for row in rows], 1)
-        weights = torch.empty(stacked.shape[:2], dtype=torch.float64, device=target.device)
-        with torch.cuda.device_of(stacked):  # type: ignore[no-untyped-call]
-            launch_solver(stacked, target, weights, _STEPS, _STEP_LENGTHS, _FIRST_RANGE, _RIDGE)
+        weights = torch.empty(z.shape[:2], dtype=torch.float64, device=z.device)
+        with torch.cuda.device_of(z):  # type: ignore[no-untyped-call]
+            launch_solver(z, target, weights, _STEPS, _STEP_LENGTHS, _FIRST_RANGE, _RIDGE)
         return weights
-    z = torch.stack([row.detach() for row in rows], 1).double()
-    count, num_classes = z.shape[1:]
+    z = z.double()
     # With every row shifted so that <y, z> = 0, the cross-entropy of a mixture is its logsumexp.
     if target.is_floating_point():
         expected = torch.einsum("bmc,bc->bm", z, target.double()).unsqueeze(2)

@@ -40,12 +40,13 @@ class CastWeights:
         copies: dict[nn.Parameter, nn.Parameter] = {}
         for group in self._groups:
             copies |= group.make_copies(set(chosen), dtype)
-        self._frozen: list[Tensor] = [parameter for parameter in chosen if parameter not in copies]
+        frozen = [parameter for parameter in chosen if parameter not in copies]
         self._frozen_copies: list[Tensor] = []
-        for parameter in self._frozen:
+        for parameter in frozen:
             copy = torch.empty_like(parameter, dtype=dtype)
             copies[parameter] = nn.Parameter(copy, requires_grad=False)
             self._frozen_copies.append(copies[parameter])
+        self._frozen: list[Tensor] = [*frozen]
         self._places = [
             (module._parameters, name, parameter, copies[parameter])
             for module in model.modules()

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,11 +34,13 @@ from fastokd.train.teacher import StoredRows
 
 AVERAGE = "ema"
 """The name of the averaged student among the evaluated rows."""
-FEW_KERNELS: dict[str, str | int | bool | Callable[..., Any]] = {
-    "max_pointwise_cat_inputs": 64,
-    "combo_kernels": True,
-}
+FEW_KERNELS: dict[str, Any] = {"max_pointwise_cat_inputs": 64, "combo_kernels": True}
 """Options of ``torch.compile`` for the bookkeeping of a step: it has little data."""
+COMBINED_KERNELS: dict[str, Any] = {"combo_kernels": True, "shape_padding": False}
+"""Options for the networks: independent kernels are launched as one, such as the last parts of a
+batch norm's two sums in the backward pass, and the matrices of classifiers, which are small, are
+not copied into padded ones.
+"""
 _STREAM_WARNING = "set_warn_on_accumulate_grad_stream_mismatch"
 """Of ``torch.autograd.graph``, since PyTorch 2.11."""
 
@@ -168,7 +170,7 @@ class TrainStep(BranchEvaluator):
         host_rows = stored is not None and stored.table.device != device
         self.options = choose_step_options(config, model, device, ranks.size, host_rows)
         if self.options.compile:
-            model.compile_parts()
+            model.compile_parts(COMBINED_KERNELS if device.type == "cuda" else None)
         if self.options.streams:
             model.run_branches = BranchStreams(device, model.num_branches)
             # Modules that use a branch's weights outside of its stream (FFM) are synchronized.
@@ -198,7 +200,9 @@ class TrainStep(BranchEvaluator):
             self.check_loss = torch.compile(self.check_loss, options=FEW_KERNELS)
             self.record = torch.compile(self.record, options=FEW_KERNELS)
             if self.criterion.extra_terms:  # of feature maps or weights, in many operations
-                vars(self.criterion)["graph_inputs"] = torch.compile(self.criterion.graph_inputs)
+                vars(self.criterion)["graph_inputs"] = torch.compile(
+                    self.criterion.graph_inputs, options=COMBINED_KERNELS
+                )
 
     def set_schedule(self, lr: float, kd_weight: float) -> None:
         """Set the learning rate and the factor of the scheduled terms for the next steps."""

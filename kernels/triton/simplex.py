@@ -106,7 +106,7 @@ def lowest_cross_entropy_kernel(
     top = tl.max(tl.max(tl.where(used, z, -float("inf")), 1), 0)
     bottom = tl.min(tl.min(tl.where(used, z, float("inf")), 1), 0)
     temperature = (top - bottom) / first_range
-    a = tl.where(own < COUNT, 1.0 / COUNT, 0.0).to(tl.float64)
+    a = (own < COUNT).to(tl.float64) / COUNT
     powers = tl.arange(0, LENGTHS)
     for _ in range(STEPS):
         cooled = z / tl.maximum(temperature, 1.0)
