@@ -41,7 +41,6 @@ ACCURACIES = ROOT / "docs" / "results.md"
 README = ROOT / "README.md"
 FIGURE_FOLDER = PAGE.parent / "figures"
 RESULTS = ROOT / "bench" / "results"
-KERNEL_COUNTS = ROOT / "tests" / "kernel_counts.json"
 ACCURACY_FILES = "accuracy-*-cpu.json"
 """The result files of ``bench.accuracy``."""
 END = "<!-- end -->"
@@ -261,7 +260,7 @@ def blocks() -> dict[str, list[str]]:
     return {
         "step": _of_each(step_benchmark_tables, "step-*.json"),
         "quick steps": _if_measured(step_table, "quickstep-cpu.json"),
-        "kernels per step": kernel_count_table(KERNEL_COUNTS),
+        "kernels per step": kernel_count_table(roofline.COUNTS),
         "loss": _of_each(
             lambda path: [
                 *loss_table(path),

@@ -17,6 +17,9 @@ measurements:
   the others.
 
 The three constants are assumptions about kernels that stream memory.
+
+For a whole training step it predicts only a lower limit, on one stream: the launches of the kernels
+that were counted (``tests/kernel_counts.json``), each of which takes at least ``LAUNCH``.
 """
 
 import argparse
@@ -31,6 +34,7 @@ from bench.machine_code import PATH
 from bench.suite import SIZES
 from fastokd.errors import ConfigError, did_you_mean
 
+COUNTS = Path(__file__).resolve().parent.parent / "tests" / "kernel_counts.json"
 MEMORY_SHARE, BUSY_SHARE, LAUNCH = 0.9, 0.75, 2.2e-6
 _SCHEDULERS = 4
 """Schedulers of a multiprocessor; each issues one instruction of a warp per cycle (CUDA C++
@@ -234,6 +238,17 @@ def measured(
     return found
 
 
+def launch_bound_steps() -> Iterator[tuple[str, int, float]]:
+    """Yield name, number of kernels and the seconds of their launches for the compiled steps with
+    counted kernels.
+    """
+    cases = json.loads(COUNTS.read_text(encoding="utf-8"))["cases"]
+    for name, phases in cases.items():
+        if name.endswith(", compiled"):
+            kernels = sum(phases.values())
+            yield name.removesuffix(", compiled"), kernels, kernels * LAUNCH
+
+
 def get_chip(name: str) -> Chip:
     """Return the chip of that name.
 
@@ -276,6 +291,11 @@ def main(arguments: Sequence[str]) -> int:
             f" {1e6 * one.memory:7.2f}  {1e6 * one.issue:7.2f}  {1e6 * one.exponentials:12.2f} "
             f" {f'{1e6 * times[size, which]:8.1f}' if (size, which) in times else '       -'}"
         )
+    print(
+        "\ncompiled training steps: counted kernels, and the milliseconds of their launches alone"
+    )
+    for name, kernels, seconds in launch_bound_steps():
+        print(f"{name:28} {kernels:5}  {1e3 * seconds:6.2f}")
     return 0
 
 

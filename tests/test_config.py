@@ -23,7 +23,7 @@ from fastokd.train.fields import GROUPS, Info, Role, infos
 
 RESUME = {
     *("data", "device", "epochs", "impl", "compile", "cuda_graph", "streams", "flat"),
-    *("keep_checkpoints", "save_minutes", "log_to"),
+    *("cast_once", "keep_checkpoints", "save_minutes", "log_to"),
 }
 ROLES = {
     Role.RESUME: RESUME,
@@ -31,9 +31,9 @@ ROLES = {
     Role.SPEED: {
         *("batch_size", "device_batch", "image_size", "resize_schedule", "mixup", "cutmix"),
         *("loader", "loader_options", "optimizer", "ema", "precision", "channels_last", "impl"),
-        *("compile", "cuda_graph", "flat", "sync_bn", "deterministic"),
+        *("compile", "cuda_graph", "flat", "cast_once", "sync_bn", "deterministic"),
     },
-    Role.SWITCH: {*("channels_last", "compile", "cuda_graph", "streams", "flat")},
+    Role.SWITCH: {*("channels_last", "compile", "cuda_graph", "streams", "flat", "cast_once")},
     Role.TRAINED: {
         *("model", "at", "method", "preset", "branches", "topology", "aux_blocks"),
         *("compression", "method_options", "teach_from"),

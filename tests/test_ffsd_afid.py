@@ -453,3 +453,28 @@ def test_afid_code_preset_has_official_eps():
         1e-7
     }
     assert dataclasses.replace(TrainConfig(method="afid"), epochs=300).ramp_length() == 80
+
+
+@pytest.mark.parametrize("method", ["ffsd", "afid"])
+def test_networks_that_exchange_features_are_compiled(monkeypatch, method):
+    """As one graph without breaks, with the results of the networks that are not compiled."""
+    graphs, compiled, real = [], [], torch.compile
+
+    def count_graphs(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def compile_whole(function, **options):
+        compiled.append(function.__name__)
+        return real(function, backend=count_graphs, fullgraph=True)
+
+    model = create_model("resnet8", method=method, num_classes=10)
+    other = copy.deepcopy(model)
+    monkeypatch.setattr(torch, "compile", compile_whole)
+    model.compile_parts()
+    assert "run" in compiled
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    output, expected = model(images), other(images)
+    for one, another in zip(output.logits, expected.logits, strict=True):
+        torch.testing.assert_close(one, another, rtol=0, atol=0)
+    assert len(graphs) == 2  # of the networks and of the method's modules

@@ -15,6 +15,7 @@ from bench.roofline import (
     LAUNCH,
     MEMORY_SHARE,
     Chip,
+    launch_bound_steps,
     main,
     measured,
     predict,
@@ -214,3 +215,13 @@ def test_machine_code_file_matches_the_kernels(which, dtype, batch, num_classes)
         pytest.skip(f"the file is from Triton {FOUND['triton']}, this is {triton.__version__}")
     made = row(which, 4, "paper", dtype, batch, num_classes, 90)
     assert made in FOUND["rows"], "the kernels changed: run python -m bench.machine_code"
+
+
+def test_step_is_bound_by_launches_of_its_kernels(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "counts.json"
+    cases = {"net, one, eager": {"loss": 9}, "net, one, compiled": {"forward": 900, "loss": 100}}
+    path.write_text(json.dumps({"cases": cases}))
+    monkeypatch.setattr(bench.roofline, "COUNTS", path)
+    assert list(launch_bound_steps()) == [("net, one", 1000, pytest.approx(2.2e-3))]
+    assert main([]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["net,", "one", "1000", "2.20"]

@@ -143,6 +143,11 @@ class TestStepOptions:
             ({"cuda_graph": True}, "cuda_graph=True: not available on cpu; omit it"),
             ({"streams": True}, "streams=True: not available on cpu"),
             ({"precision": "tf32"}, "precision=tf32: cpu has no TF32 units; use fp32 or bf16"),
+            (
+                {"cast_once": True, "flat": True},
+                "cast_once=True: precision=fp32 casts no weights; omit it",
+            ),
+            ({"cast_once": True, "precision": "bf16"}, "cast_once=True: it needs flat=True"),
         ],
     )
     def test_unavailable_option_is_refused_on_cpu(self, changes, message):
@@ -167,9 +172,12 @@ class TestStepOptions:
             cuda_graph=True,
             streams=reason is None,
             flat=True,
+            cast_once=True,
         )
         several = choose_step_options(config, model, torch.device("cuda", 0), world_size=2)
-        assert several == dataclasses.replace(options, cuda_graph=False, streams=False)
+        assert several == dataclasses.replace(
+            options, cuda_graph=False, streams=False, cast_once=False
+        )
         if reason:
             with pytest.raises(ConfigError, match=f"streams=True: {reason}"):
                 choose_step_options(

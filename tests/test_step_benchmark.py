@@ -36,6 +36,7 @@ ON_A_CPU = [
     "bf16",
     "torch.compile of each part",
     "parameters in one tensor",
+    "weights cast once per step",
     "branches on CUDA streams",
     "the step as one CUDA graph",
     "augmentation inside the graph",
@@ -114,7 +115,7 @@ def test_rows_add_one_optimization_with_same_training(images, made, not_compiled
     benchmark = StepBenchmark(CONFIG, images, CPU, steps=1)
     rows = list(benchmark.rows())
     assert [row.name for row in rows] == ON_A_CPU
-    assert [row.name for row in rows if row.reason == "needs a GPU"] == ON_A_CPU[6:9]
+    assert [row.name for row in rows if row.reason == "needs a GPU"] == ON_A_CPU[6:10]
     assert [row.kind for row in rows if not row.reason] == [
         "first",
         "lever",
@@ -164,9 +165,10 @@ def test_all_optimizations_are_retained_on_gpu():
         everything.precision,
         everything.compile,
         everything.flat,
+        everything.cast_once,
         everything.streams,
         everything.cuda_graph,
-    ) == ("bf16", True, True, True, True)
+    ) == ("bf16", True, True, True, True, True)
     assert (
         first_row(CONFIG, torch.device("cuda")).precision == "tf32"
     )  # what PyTorch does with float32 convolutions there

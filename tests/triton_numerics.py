@@ -7,16 +7,19 @@ interpreter must be chosen before Triton is first imported.
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import triton_state
 import worked_values  # noqa: F401  # registers its checks
 from executor_contract import CHECKS, EXTREME, GRAPHS, Subject, evaluated, names, same_bits
 from graph_catalog import make_inputs
+from oracles import methods as oracle
 
 from fastokd.kernels.triton.columns import FLOOR
 from fastokd.kernels.triton.tile import choose_splits
 from fastokd.losses import FFMLoss, KDCLLoss, MethodLoss, TSBLoss
+from fastokd.methods.simplex import lowest_cross_entropy_weights
 from fastokd.ops import forward_backward
 from fastokd.ops import triton as triton_executor
 from fastokd.ops.reference import PROBABILITY_FLOOR
@@ -79,6 +82,35 @@ def test_losses_with_state_or_extra_terms_match_reference(
     assert len(ends[0]) > 8
     for mine, theirs in zip(*ends, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("count", "num_classes", "scale", "alike", "soft"),
+    [
+        (2, 10, 1.0, 1.0, False),
+        (2, 3, 100.0, 1.0, True),
+        (3, 7, 5.0, 1.0, True),
+        (5, 10, 5.0, 1e-3, False),
+        (6, 12, 100.0, 1.0, False),
+        (3, 10, 1.0, 0.0, False),
+    ],
+)
+def test_linear_weights_in_one_kernel_are_optimal(
+    count: int, num_classes: int, scale: float, alike: float, soft: bool
+) -> None:
+    """The certificate of ``tests/test_kdcl.py``; rows with ``alike`` < 1 are nearly equal."""
+    random = np.random.default_rng(count)
+    base, own = random.normal(size=(2, 1, num_classes)), random.normal(size=(2, count, num_classes))
+    rows = scale * (own if alike == 1 else base + alike * own)
+    labels = random.integers(num_classes, size=2)
+    y = random.dirichlet(np.full(num_classes, 0.3), 2) if soft else np.eye(num_classes)[labels]
+    given = [row.clone() for row in torch.from_numpy(rows).unbind(1)]
+    target = torch.from_numpy(y if soft else labels)
+    a = lowest_cross_entropy_weights(given, target, "triton").numpy()
+    assert (a >= 0).all()
+    assert a.sum(1) == pytest.approx(np.ones(2), abs=1e-12)
+    gap = oracle.mixed_cross_entropy_gap(rows, y, a)[1]
+    assert (gap <= 1e-9 * (1 + np.ptp(rows, axis=(1, 2)))).all()
 
 
 def test_probability_floor_equals_reference() -> None:

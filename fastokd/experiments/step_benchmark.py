@@ -70,6 +70,7 @@ def optimizations(device: torch.device) -> list[Optimization]:
         bf16,
         Optimization("torch.compile of each part", {"compile": True}),
         Optimization("parameters in one tensor", {"flat": True}),
+        Optimization("weights cast once per step", {"cast_once": True}, needs_gpu=True),
         Optimization("branches on CUDA streams", {"streams": True}, needs_gpu=True),
         Optimization("the step as one CUDA graph", {"cuda_graph": True}, needs_gpu=True),
         Optimization("augmentation inside the graph", {}, needs_gpu=True, gathers=True),

@@ -100,7 +100,8 @@ class KDCLLoss(MethodLoss):
         """The weights of ``linear`` fit the target best; without a target they are missing."""
         rows = checked_rows(branch_logits, self.num_branches, "branch_logits")
         if self.variant == "linear" and target is not None:
-            weights = lowest_cross_entropy_weights(rows, check_target(target, rows[0]))
+            target = check_target(target, rows[0])
+            weights = lowest_cross_entropy_weights(rows, target, self.impl)
             return GraphInputs(rows, {"teacher_weights": weights})
         if self.variant == "general":
             return GraphInputs(rows, {"teacher_weights": self.get_buffer("teacher_weights")})

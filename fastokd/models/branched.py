@@ -173,11 +173,15 @@ class BranchedModel(nn.Module):
         extras = modules(BranchPass(images, shared, features, logits, branches, context))
         return BranchOutput(logits, features, extras)
 
-    def compile_parts(self) -> None:
-        """Compile trunk, branches and the method's modules separately, at their first calls."""
+    def compile_parts(self, options: dict[str, Any] | None = None) -> None:
+        """Compile trunk, branches and the method's modules separately, at their first calls.
+        ``options``: of ``torch.compile``.
+        """
         for part in (self.trunk, self.companion, *self.branches):
             if part is not None:
-                part.compile()
+                part.compile(options=options)
+        if self.companion is not None and self.overrides_forward:
+            vars(self.companion)["run"] = torch.compile(self.companion.run, options=options)
 
     @property
     def overrides_forward(self) -> bool:

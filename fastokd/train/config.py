@@ -209,6 +209,13 @@ class TrainConfig:
         unset="on a GPU, if possible",
         role=OPTIONAL,
     )
+    cast_once: bool | None = PERFORMANCE(
+        None,
+        "Cast all weights to bf16 or fp16 in one operation per step instead of one per layer; needs"
+        " --flat",
+        unset="on one GPU, if possible",
+        role=OPTIONAL,
+    )
     sync_bn: bool = PERFORMANCE(False, "Batch norm over the images of all processes", role=SPEED)
     deterministic: bool = PERFORMANCE(False, "Use only deterministic operations", role=SPEED)
     on_nonfinite: str = OPTIMIZATION(

@@ -88,6 +88,7 @@ def estimate_memory(
     Runs a forward and a backward pass on fake tensors and counts the storages that are alive. Not
     counted are workspaces of cuDNN and cuBLAS, fragmentation, tensors that a ``reference`` loss
     keeps, and a loss's state per image; tensors that a compiled network recomputes count as kept.
+    Copies of weights that are cast once count as autocast's, which take as much.
     Raises a ``ConfigError`` if the network's control flow depends on values.
     """
     share = share_of_batch(config, Ranks.current())

@@ -2,7 +2,7 @@
 
 import bisect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -40,16 +40,16 @@ class Optimizers:
         self.lr = torch.tensor(config.lr_at(0.0), dtype=torch.float32, device=device)
         """The learning rate of the run's optimizer, 0-d on the device, read by every update."""
         self._clip = config.clip_grad
-        self.by_name: dict[str, tuple[Optimizer, list[_Group]]] = {}
+        self.by_name: dict[str, tuple[Optimizer, list[ParameterTensors]]] = {}
         """PyTorch's optimizers, with their groups of parameters."""
         for name, settings in _settings(config, model).items():
             groups, options = [], []
             for parameters, different in settings:
-                groups.append((_Flat if flat else _Group)(parameters))
+                groups.append((FlatParameters if flat else ParameterTensors)(parameters))
                 options.append({"params": groups[-1].tensors, **different})
             self.by_name[name] = _build(name, config, options, self.lr), groups
-        self._groups = [group for _, groups in self.by_name.values() for group in groups]
-        self.parts = tuple(part for group in self._groups for part in group.parts)
+        self.groups = [group for _, groups in self.by_name.values() for group in groups]
+        self.parts = tuple(part for group in self.groups for part in group.parts)
         """The names of the parameters in each part of the gradient whose norm is taken."""
         self.norms = torch.zeros(len(self.parts), device=device)
         """The norms of these parts in the last step, as the backward pass left them."""
@@ -60,9 +60,16 @@ class Optimizers:
 
     def zero_grad(self) -> None:
         """Drop all gradients, so that the next backward pass writes instead of adding to zeros."""
-        for group in self._groups:
-            for parameter in group.parameters:
-                parameter.grad = None
+        for group in self.groups:
+            group.zero_grad()
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Add the gradients of a backward pass to those before in float32, which autograd does not
+        do for copies; call it before the next backward pass of the same step.
+        """
+        for group in self.groups:
+            group.accumulate()
 
     @torch.no_grad()
     def step(
@@ -80,9 +87,9 @@ class Optimizers:
             and not clipped, and 1.0 if the step was skipped, else 0.0. A norm above 1.8e19 before
             the division counts as non-finite.
         """
-        for group in self._groups:
+        for group in self.groups:
             group.collect()
-        self.norms = torch.cat([group.norms() for group in self._groups])
+        self.norms = torch.cat([group.norms() for group in self.groups])
         norm = (torch.linalg.vector_norm(self.norms) / divisor).float()
         skipped = norm.isfinite().logical_not()
         if bad is not None:
@@ -210,12 +217,14 @@ def _build(name: str, config: TrainConfig, groups: list[dict[str, Any]], lr: Ten
     return optimizer
 
 
-class _Group:
+class ParameterTensors:
     """Parameters that are trained alike, updated in place."""
 
     def __init__(self, named: Named) -> None:
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
+        self.sources = self.parameters
+        """The leaf tensors that a backward pass gives gradients to."""
         self.tensors: list[Tensor] = list(self.parameters)
         """The tensors that the optimizer updates."""
         self.parts: list[tuple[str, ...]] = [(name,) for name in self.names]
@@ -224,6 +233,14 @@ class _Group:
     def split(self, tensors: list[Tensor]) -> list[Tensor]:
         """From one tensor for each of ``tensors`` to one for each parameter, sharing its memory."""
         return tensors
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for source in self.sources:
+            source.grad = None
+
+    def accumulate(self) -> None:
+        """As ``Optimizers.accumulate``; autograd does it for parameters."""
 
     def collect(self) -> None:
         """Put a gradient at each of ``tensors``."""
@@ -241,11 +258,11 @@ def _gradient(tensor: Tensor) -> Tensor:
     return tensor.grad
 
 
-_ALIGNED = 4  # elements of 16 bytes, which kernels load at once
+_ALIGNED = 8  # elements: of two bytes they fill the 16 bytes that kernels load at once
 _ROW = 1024  # norms are taken over rows first: a CPU's sum of millions of elements loses digits
 
 
-class _Flat(_Group):
+class FlatParameters(ParameterTensors):
     """Parameters that are views of one tensor, each in its memory format, with zeros between them.
 
     Autograd makes the gradients separately, and they are gathered when complete. If they were views
@@ -274,6 +291,8 @@ class _Flat(_Group):
         self._flat.grad = torch.zeros_like(flat)
         self.tensors = [self._flat]
         self._gradients = self._cut(self._flat.grad)
+        self._flat_copy: Tensor | None = None
+        self._accumulated = False
 
     def _cut(self, flat: Tensor) -> list[Tensor]:
         return [flat.as_strided(*view) for view in self._views_of]
@@ -282,13 +301,55 @@ class _Flat(_Group):
         (tensor,) = tensors  # of the flat tensor's size, or a count of steps
         return self._cut(tensor.detach()) if tensor.dim() else [tensor] * len(self._views_of)
 
+    def make_copies(
+        self, chosen: Set[nn.Parameter], dtype: torch.dtype
+    ) -> dict[nn.Parameter, nn.Parameter]:
+        """Copies of some of the parameters in another dtype, for the forward pass, which
+        ``update_copies`` casts in one operation. Their gradients count as the parameters'.
+        """
+        if chosen.isdisjoint(self.parameters):
+            return {}
+        self._flat_copy = torch.zeros_like(self._flat, dtype=dtype, requires_grad=False)
+        views = zip(self.parameters, self._cut(self._flat_copy), strict=True)
+        copies = {parameter: nn.Parameter(view) for parameter, view in views if parameter in chosen}
+        self.sources = [copies.get(parameter, parameter) for parameter in self.parameters]
+        return copies
+
+    @torch.no_grad()
+    def update_copies(self) -> None:
+        """Cast the parameters into their copies."""
+        if self._flat_copy is not None:
+            self._flat_copy.copy_(self._flat)
+
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        self._accumulated = False
+
+    def accumulate(self) -> None:
+        if self._flat_copy is None:
+            return
+        self.collect()
+        self.zero_grad()
+        self._accumulated = True
+
     def collect(self) -> None:
         if self.parameters[0].data_ptr() != self._views[0].data_ptr():
             raise RuntimeError(
                 "the weights were moved after the Optimizers were made; move the model before"
             )
-        super().collect()
-        torch._foreach_copy_(self._gradients, [_gradient(each) for each in self.parameters])
+        total = _gradient(self._flat)
+        before = total.clone() if self._accumulated else None
+        by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for view, source in zip(self._gradients, self.sources, strict=True):
+            gradient = torch.zeros_like(source) if source.grad is None else source.grad
+            into, gradients = by_dtype.setdefault(gradient.dtype, ([], []))
+            into.append(view)
+            gradients.append(gradient)
+        # Copying a list of mixed dtypes takes a kernel for every tensor.
+        for into, gradients in by_dtype.values():
+            torch._foreach_copy_(into, gradients)
+        if before is not None:
+            total.add_(before)
 
     def norms(self) -> Tensor:
         return torch.linalg.vector_norm(_gradient(self._flat).view(-1, _ROW), dim=1)

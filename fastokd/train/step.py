@@ -2,15 +2,16 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastokd.data import Batch
-from fastokd.errors import CheckpointError, first_line
+from fastokd.errors import CheckpointError, ConfigError, first_line
 from fastokd.export import load_weights
 from fastokd.losses.method_loss import MethodLoss
 from fastokd.methods import get_method
@@ -18,6 +19,7 @@ from fastokd.methods.method import MethodBatch
 from fastokd.models import BranchedModel, BranchOutput
 from fastokd.models.layers import uncounted_batches
 from fastokd.ranks import sum_over_ranks
+from fastokd.train.cast_weights import CastWeights
 from fastokd.train.config import TrainConfig, build_loss
 from fastokd.train.distributed import Ranks, mean_buffers, parallel, share_of_batch, sum_counts
 from fastokd.train.ema import StudentAverage
@@ -33,11 +35,13 @@ from fastokd.train.teacher import StoredRows
 
 AVERAGE = "ema"
 """The name of the averaged student among the evaluated rows."""
-FEW_KERNELS: dict[str, str | int | bool | Callable[..., Any]] = {
-    "max_pointwise_cat_inputs": 64,
-    "combo_kernels": True,
-}
+FEW_KERNELS: dict[str, Any] = {"max_pointwise_cat_inputs": 64, "combo_kernels": True}
 """Options of ``torch.compile`` for the bookkeeping of a step: it has little data."""
+COMBINED_KERNELS: dict[str, Any] = {"combo_kernels": True, "shape_padding": False}
+"""Options for the networks: independent kernels are launched as one, such as the last parts of a
+batch norm's two sums in the backward pass, and the matrices of classifiers, which are small, are
+not copied into padded ones.
+"""
 _STREAM_WARNING = "set_warn_on_accumulate_grad_stream_mismatch"
 """Of ``torch.autograd.graph``, since PyTorch 2.11."""
 
@@ -176,13 +180,14 @@ class TrainStep(BranchEvaluator):
         host_rows = stored is not None and stored.table.device != device
         self.options = choose_step_options(config, model, device, ranks.size, host_rows)
         if self.options.compile:
-            model.compile_parts()
+            model.compile_parts(COMBINED_KERNELS if device.type == "cuda" else None)
         if self.options.streams:
             model.run_branches = BranchStreams(device, model.num_branches)
             # Modules that use a branch's weights outside of its stream (FFM) are synchronized.
             if warn := getattr(torch.autograd.graph, _STREAM_WARNING, None):
                 warn(False)
         self.optimizers = Optimizers(config, model, device, flat=self.options.flat)
+        self._cast_weights: CastWeights | None = None  # made in the first step
         self._parallel = None
         if ranks.size > 1:
             self._parallel = parallel(model, device, accumulate=self.share.accumulate)
@@ -204,6 +209,10 @@ class TrainStep(BranchEvaluator):
             self.sum_metrics = torch.compile(self.sum_metrics, options=FEW_KERNELS)
             self.check_loss = torch.compile(self.check_loss, options=FEW_KERNELS)
             self.record = torch.compile(self.record, options=FEW_KERNELS)
+            if self.criterion.extra_terms:  # of feature maps or weights, in many operations
+                vars(self.criterion)["graph_inputs"] = torch.compile(
+                    self.criterion.graph_inputs, options=COMBINED_KERNELS
+                )
 
     def set_schedule(self, lr: float, kd_weight: float) -> None:
         """Set the learning rate and the factor of the scheduled terms for the next steps."""
@@ -219,8 +228,13 @@ class TrainStep(BranchEvaluator):
         if self._statistics is not None:
             self._statistics.keep()
         *others, last = self._parts(batch)
+        if self.options.cast_once:
+            self._update_cast_weights(last.images)
+        parts = []
         with contextlib.nullcontext() if self._parallel is None else self._parallel.no_sync():
-            parts = [self._forward_backward(part) for part in others]
+            for part in others:
+                parts.append(self._forward_backward(part))
+                self.optimizers.accumulate()
         parts.append(self._forward_backward(last))
         values, right = (functools.reduce(torch.add, each) for each in zip(*parts, strict=True))
         lost, withheld = self.check_loss(values)
@@ -292,10 +306,32 @@ class TrainStep(BranchEvaluator):
         pieces = zip(images, batch.target.chunk(count), batch.index.chunk(count), strict=True)
         return [Batch(*piece) for piece in pieces]
 
+    def _update_cast_weights(self, images: Tensor) -> None:
+        """Cast the weights for this step. If the network cannot be analyzed for it, which the first
+        step finds out, autocast does it in every layer.
+        """
+        if self._cast_weights is None:
+            try:
+                self._cast_weights = CastWeights(
+                    self.model, self.optimizers, images, self.precision
+                )
+            except Exception as error:  # a network's operators may raise anything
+                reason = f"the network does not run on fake tensors ({first_line(error)})"
+                if self.config.cast_once:
+                    raise ConfigError(f"cast_once=True: {reason}; omit it") from error
+                self.options = dataclasses.replace(self.options, cast_once=False)
+                return
+        self._cast_weights.update()
+
     def _forward_backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Accumulate the gradients of a part of the batch; returns its ``_sum_metrics``."""
-        norms = synchronized_batch_norm() if self.config.sync_bn else contextlib.nullcontext()
-        with autocast(self.precision, self.device), uncounted_batches(self.model), norms:
+        with contextlib.ExitStack() as contexts:
+            contexts.enter_context(autocast(self.precision, self.device))
+            contexts.enter_context(uncounted_batches(self.model))
+            if self.config.sync_bn:
+                contexts.enter_context(synchronized_batch_norm())
+            if self._cast_weights is not None:
+                contexts.enter_context(self._cast_weights.used())
             result = (self._parallel or self.model)(batch.images)
         output, scale = result, None
         if self.scale is not None:

@@ -21,6 +21,7 @@ class StepOptions:
     cuda_graph: bool
     streams: bool
     flat: bool
+    cast_once: bool
 
     def describe(self) -> str:
         """One line for the start of a run."""
@@ -29,6 +30,7 @@ class StepOptions:
             "compile": "compiled",
             "streams": "branches on separate streams",
             "flat": "parameters in one tensor",
+            "cast_once": "weights cast once",
             "cuda_graph": "one CUDA graph",
         }
         chosen = [text for name, text in names.items() if getattr(self, name)]
@@ -55,16 +57,19 @@ def choose_step_options(
     """
     gpu = device.type == "cuda"
     without_gpu = None if gpu else f"not available on {device}"
+    precision = choose_precision(config, device)
     tied = tied_parameters(model)
+    no_flat = "parameters {} and {} are tied".format(*tied) if tied else None
     reasons = {
         "cuda_graph": without_gpu or _graph_unavailable(config, host_rows),
         "streams": without_gpu or _streams_unavailable(config, model),
-        "flat": "parameters {} and {} are tied".format(*tied) if tied else None,
+        "flat": no_flat,
         "compile": (
             "sync_bn waits for the other processes in every batch norm"
             if config.sync_bn and world_size > 1
             else None
         ),
+        "cast_once": no_flat or _cast_once_unavailable(config, precision, gpu, world_size),
     }
     chosen = {}
     for name, reason in reasons.items():
@@ -74,7 +79,20 @@ def choose_step_options(
         # Graphs and streams of several processes are untested on GPUs, so they are opt-in.
         single = world_size == 1 or name not in ("cuda_graph", "streams")
         chosen[name] = gpu and not reason and single if requested is None else requested
-    return StepOptions(choose_precision(config, device), config.channels_last, **chosen)
+    return StepOptions(precision, config.channels_last, **chosen)
+
+
+def _cast_once_unavailable(
+    config: TrainConfig, precision: str, gpu: bool, world_size: int
+) -> str | None:
+    if precision not in ("bf16", "fp16"):
+        return f"precision={precision} casts no weights"
+    if config.flat is False or (config.flat is None and not gpu):
+        return "it needs flat=True"
+    if world_size > 1:
+        # DistributedDataParallel averages the gradients of the parameters, which have none.
+        return "gradients of several processes are averaged in float32"
+    return None
 
 
 def _graph_unavailable(config: TrainConfig, host_rows: bool) -> str | None:
