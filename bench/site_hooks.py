@@ -13,7 +13,7 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
-from fastokd.graph import draw_svg
+from fastokd.experiments.analysis.graph_svg import draw_svg
 from fastokd.methods import get_method, list_methods
 
 

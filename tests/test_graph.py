@@ -11,6 +11,7 @@ from graph_strategy import random_graphs
 from hypothesis import given, settings
 
 from fastokd.errors import GraphError
+from fastokd.experiments.analysis.graph_svg import draw_svg
 from fastokd.graph import (
     KL,
     CrossEntropy,
@@ -24,7 +25,6 @@ from fastokd.graph import (
     ProbabilityMixture,
     decode_plan,
     draw_mermaid,
-    draw_svg,
     draw_text,
     lower,
 )

@@ -25,7 +25,8 @@ def show(
         method: Method, e.g. ahbf
         format: Text, a Mermaid flowchart, or an SVG drawing
     """
-    from fastokd.graph import draw_mermaid, draw_svg
+    from fastokd.experiments.analysis.graph_svg import draw_svg
+    from fastokd.graph import draw_mermaid
 
     config = TrainConfig(
         method=method, preset=preset, branches=branches, method_options=method_options

@@ -1,5 +1,6 @@
 """The distillation graph: what a loss computes, as data. This package does not import torch."""
 
+from fastokd._moved import moved_names
 from fastokd.graph.draw import draw_mermaid, draw_text
 from fastokd.graph.graph import Graph
 from fastokd.graph.nodes import (
@@ -15,7 +16,6 @@ from fastokd.graph.nodes import (
     Term,
 )
 from fastokd.graph.plan import Plan, PlanNode, PlanTerm, decode_plan, lower
-from fastokd.graph.svg import draw_svg
 
 __all__ = [
     "KL",
@@ -34,7 +34,8 @@ __all__ = [
     "Term",
     "decode_plan",
     "draw_mermaid",
-    "draw_svg",
     "draw_text",
     "lower",
 ]
+
+__getattr__ = moved_names(__name__, {"fastokd.experiments.analysis.graph_svg": ("draw_svg",)})
