@@ -299,5 +299,5 @@ class TestBadImages:
         picture(tree / "test" / "cat" / "0.png")
         for name in ("1.png", "2.png", "3.png"):
             (tree / "train" / "cat" / name).unlink()
-        with pytest.raises(DataError, match="none of the 2 images of the class of"):
+        with pytest.raises(DataError, match="none of the 1 images of the class of"):
             open_dataset(tree, bad_images="replace")
