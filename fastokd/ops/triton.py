@@ -11,6 +11,7 @@ from torch import Tensor
 from fastokd.graph.plan import Plan
 from fastokd.kernels.triton import split
 from fastokd.kernels.triton.kernels import KERNELS
+from fastokd.kernels.triton.launch import Launcher
 from fastokd.kernels.triton.spec import FIRST_PASS, MAIN_PASS, NORMALIZED_PASS, Spec
 from fastokd.kernels.triton.specialize import specialize
 from fastokd.kernels.triton.tile import (
@@ -36,6 +37,7 @@ branches and seven separate teachers, 14 edges) do not spill."""
 _Arguments = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor]
 """Logits, weights, externals and target, as kernels take them."""
 _device_of: Any = torch.cuda.device_of  # torch does not annotate it
+_launcher = Launcher()
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -47,7 +49,8 @@ class TritonExecutor:
     def unsupported_reason(self, plan: Plan | None, case: Case) -> str | None:
         if case.device != "cuda" and not (INTERPRETED and case.device == "cpu"):
             return f"it runs on CUDA devices, and the logits are on '{case.device}'"
-        if case.device == "cuda" and not torch.cuda.is_available():
+        initialized = torch.cuda.is_initialized()  # the faster question
+        if case.device == "cuda" and not initialized and not torch.cuda.is_available():
             return "this machine has no CUDA device"
         if case.dtype not in _DTYPES:
             return f"it has no arithmetic for {case.dtype}"
@@ -72,12 +75,10 @@ class TritonExecutor:
         rows, terms = _outputs(spec, inputs)
         # [num_stats, B] by contract; the kernels write it row after row, and only they read it.
         stats = rows.new_empty((spec.num_stats, batch))
-        if batch:
-            tile = _tile(spec, inputs)
-            if tile.splits > 1:
-                _forward_split(spec, tile, inputs, rows, terms, stats)
-            else:
-                _launch("forward", spec, tile, inputs, (), (rows, terms, stats))
+        if batch and _is_split(inputs):
+            _forward_split(spec, _tile(spec, inputs), inputs, rows, terms, stats)
+        elif batch:
+            _launch("forward", spec, inputs, (), (rows, terms, stats))
         return rows, terms, stats
 
     def backward(
@@ -86,12 +87,13 @@ class TritonExecutor:
         spec = specialize(plan)
         grads = _gradients(inputs, needs)
         if inputs.logits[0].shape[0] and any(needs):
-            tile = _tile(spec, inputs, needs, grad_rows.stride(0))
-            if tile.splits > 1:
+            stride = grad_rows.stride(0)
+            if _is_split(inputs):
+                tile = _tile(spec, inputs, needs, stride)
                 _backward_split(spec, tile, inputs, grads, grad_rows, stats)
             else:
                 sources = *_destinations(grads, inputs), grad_rows
-                _launch("backward", spec, tile, inputs, sources, (stats,))
+                _launch("backward", spec, inputs, sources, (stats,), needs, stride)
         return grads
 
     def forward_backward(
@@ -103,8 +105,8 @@ class TritonExecutor:
         rows, terms = _outputs(spec, inputs)
         if not batch:
             return rows, terms, grads
-        tile = _tile(spec, inputs, needs, forward_backward=True)
-        if tile.splits > 1:
+        if _is_split(inputs):
+            tile = _tile(spec, inputs, needs)
             stats = rows.new_empty((spec.num_stats, batch))
             _forward_split(spec, tile, inputs, rows, terms, stats)
             if any(needs):
@@ -112,8 +114,13 @@ class TritonExecutor:
                 _backward_split(spec, tile, inputs, grads, grad_rows, stats)
         else:
             destinations = _destinations(grads, inputs)
-            _launch("forward_backward", spec, tile, inputs, destinations, (rows, terms))
+            _launch("forward_backward", spec, inputs, destinations, (rows, terms), needs)
         return rows, terms, grads
+
+
+def _is_split(inputs: Inputs) -> bool:
+    """True if several programs share each row."""
+    return choose_splits(*inputs.logits[0].shape) > 1
 
 
 def _outputs(spec: Spec, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -188,18 +195,43 @@ def _tile(
 
 def _run(
     kernel: Any, grid: int, spec: Spec, tile: Tile, num_warps: int, *args: Any, **options: Any
+) -> Any:
+    """Launch a kernel whose last arguments are the spec and the tile; returns Triton's result."""
+    return kernel[(grid,)](*args, spec, tile, num_warps=num_warps, enable_fp_fusion=True, **options)
+
+
+def _launch(
+    which: str,
+    spec: Spec,
+    inputs: Inputs,
+    sources: Any,
+    outputs: Any,
+    needs: Needs = (),
+    grad_stride: int = 0,
 ) -> None:
-    """Launch a kernel whose last arguments are the spec and the tile."""
-    kernel[(grid,)](*args, spec, tile, num_warps=num_warps, enable_fp_fusion=True, **options)
-
-
-def _launch(which: str, spec: Spec, tile: Tile, inputs: Inputs, sources: Any, outputs: Any) -> None:
+    """Launch a kernel for rows that are not split."""
     first = inputs.logits[0]
-    batch, limit = first.shape[0], register_limit(which, spec.num_nodes)
-    arguments = *sources, *_arguments(inputs), inputs.term_weights, *outputs, batch, 0
-    grid, warps = -(-batch // tile.rows), tile.num_warps
-    with _device_of(first):
-        _run(KERNELS[which], grid, spec, tile, warps, *arguments, maxnreg=limit)
+    tensors = *sources, *_arguments(inputs), inputs.term_weights, *outputs
+    others = [
+        (tensor.dtype, tensor.stride())
+        for tensor in (*inputs.weights, *inputs.externals, inputs.target)
+    ]
+    strides = [row.stride() for row in inputs.logits]
+    key = which, spec, first.shape, first.dtype, tuple(needs), grad_stride, *strides, *others
+
+    def first_launch() -> tuple[Any, int, tuple[Any, ...]]:
+        tile = _tile(spec, inputs, needs, grad_stride, which == "forward_backward")
+        batch, limit = first.shape[0], register_limit(which, spec.num_nodes)
+        programs, warps, constants = -(-batch // tile.rows), tile.num_warps, (batch, 0)
+        kernel = _run(KERNELS[which], programs, spec, tile, warps, *tensors, *constants, maxnreg=limit)
+        return kernel, programs, (*constants, spec, tile)
+
+    device = first.get_device()  # -1 for the tensors of the interpreter
+    if device < 0 or device == torch.cuda.current_device():
+        _launcher(key, device, tensors, first_launch)
+    else:
+        with _device_of(first):
+            _launcher(key, device, tensors, first_launch)
 
 
 def _forward_split(
