@@ -280,7 +280,7 @@ class GraphLoss(nn.Module):
                 message names it.
         """
         given, plan, tensors = self._prepared(branch_logits, target, kd_weight, inputs)
-        rows, terms = evaluate(plan, *tensors, self.impl)
+        rows, terms = evaluate(plan, *tensors, self.impl, mean=self.reduction == "mean")
         loss = rows if self.reduction == "none" else rows.sum()
         if self.reduction == "mean":
             loss = loss / max(target.shape[0], 1)
