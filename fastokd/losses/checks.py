@@ -92,7 +92,10 @@ def check_weight(
 
 
 def check_weights(
-    weights: Mapping[str, Tensor], widths: Mapping[str, int], first: Tensor, labels: Mapping[str, str]
+    weights: Mapping[str, Tensor],
+    widths: Mapping[str, int],
+    first: Tensor,
+    labels: Mapping[str, str],
 ) -> list[Tensor]:
     """``check_weight`` of every name in ``widths``."""
     return [

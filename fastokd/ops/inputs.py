@@ -41,8 +41,8 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
 
 
 def is_transformed() -> bool:
-    """True while ``torch.compile`` or ``torch.func`` transform the calling code, so that tensors may
-    be symbols, and nothing may be kept for the next call.
+    """True while ``torch.compile`` or ``torch.func`` transform the calling code: tensors may be
+    symbols, and nothing may be kept for the next call.
     """
     # torch.func has no public function for this.
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
