@@ -140,7 +140,7 @@ class GraphLoss(nn.Module):
         self.num_branches = len(graph.logits) if num_branches is None else num_branches
         self.reduction, self.impl = reduction, impl
         self.extra_terms = dict(extra_terms or {})
-        self._kept: Any = None, None, None
+        self._kept: tuple[Any, Tensor, Tensor] | None = None
         self._place_term_weights(torch.device("cpu"))
 
     @property
@@ -347,8 +347,8 @@ class GraphLoss(nn.Module):
         weights = [each if each.dim() == 2 else each.expand(len(first), -1) for each in weights]
         externals = [given.externals[name] for name in lowered.graph.externals]
         term_weights = self._weights_of_terms(first, kd_weight)
-        inputs = Inputs(given.logits, weights, externals, target, term_weights)
-        return given, lowered.plan, inputs
+        tensors = Inputs(given.logits, weights, externals, target, term_weights)
+        return given, lowered.plan, tensors
 
     def _weights_of_terms(self, first: Tensor, kd_weight: float | Tensor) -> Tensor:
         """The weight of each term [T]. The tensor is kept for calls with the same number."""
@@ -357,11 +357,11 @@ class GraphLoss(nn.Module):
             self._place_term_weights(device)
         both = self.term_weights
         key = None if isinstance(kd_weight, Tensor) else _kept_for(first, kd_weight)
-        if key is not None and key == self._kept[0] and both is self._kept[1]:
+        if self._kept is not None and key == self._kept[0] and both is self._kept[1]:
             return self._kept[2]
         # ``to`` copies only if the first call is traced: a traced module cannot move its buffers.
         fixed, scheduled = both.to(device)
-        weights = (fixed + scheduled * kd_weight).to(compute_dtype(first))
+        weights: Tensor = (fixed + scheduled * kd_weight).to(compute_dtype(first))
         # Not the tensors of FakeTensorMode and inference_mode, which other calls cannot use.
         if key is not None and type(weights) is Tensor and not weights.is_inference():
             self._kept = key, both, weights

@@ -169,9 +169,10 @@ _not_the_mean: set[Plan] = set()
 
 def _early_gradients(ctx: Any, grad_rows: Tensor) -> Gradients | None:
     """The gradients from the forward pass if ``grad_rows`` is the gradient of the mean, once."""
-    early, ctx.early = ctx.early, None
+    early: Gradients | None = getattr(ctx, "early", None)
     if early is None:
         return None
+    ctx.early = None
     batch = len(grad_rows)
     of_mean = torch.full((), 1 / max(batch, 1), dtype=grad_rows.dtype)
     if batch and grad_rows.stride(0) == 0 and bool(grad_rows[0] == of_mean):

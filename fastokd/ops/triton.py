@@ -34,7 +34,7 @@ class TritonExecutor:
     def unsupported_reason(self, plan: Plan | None, case: Case) -> str | None:
         if case.device != "cuda" and not (INTERPRETED and case.device == "cpu"):
             return f"it runs on CUDA devices, and the logits are on '{case.device}'"
-        initialized = torch.cuda.is_initialized()  # the faster question
+        initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         if case.device == "cuda" and not initialized and not torch.cuda.is_available():
             return "this machine has no CUDA device"
         if case.dtype not in _DTYPES:
@@ -90,7 +90,7 @@ def _device_of(inputs: Inputs) -> AbstractContextManager[None]:
     index = inputs.logits[0].get_device()
     if index < 0 or index == torch.cuda.current_device():  # -1 for the interpreter's tensors
         return nullcontext()
-    device: AbstractContextManager[None] = torch.cuda.device(index)  # type: ignore[no-untyped-call]
+    device: AbstractContextManager[None] = torch.cuda.device(index)
     return device
 
 
