@@ -37,6 +37,7 @@ from fastokd.graph import (
 from fastokd.losses import AHBFLoss, BaselineLoss
 from fastokd.methods.ahbf import ahbf_graph
 from fastokd.ops import evaluate, forward_backward
+from fastokd.ops.operator import plan_text
 from tests import triton_graphs
 
 CHECKS: dict[str, Callable[[str, str], None]] = {}
@@ -862,8 +863,7 @@ def operator_registration(on: Subject) -> None:
     detached = mapped(inputs, lambda tensor: tensor)
     for leaf in detached.leaves():
         leaf.requires_grad_(False)
-    ints, floats = inputs.plan.encode()
-    arguments = (*detached.arguments(), list(ints), list(floats), on.executor)
+    arguments = (*detached.arguments(), plan_text(inputs.plan), on.executor)
     torch.library.opcheck(torch.ops.fastokd.graph_forward.default, arguments)
     if on.executor == "cpu":
         return  # its gradients share one block of memory, which the check takes for aliases

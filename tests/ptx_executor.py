@@ -12,13 +12,14 @@ from unittest.mock import patch
 
 import torch
 import triton
-from ptx import Program, launch
+from ptx import Program
+from ptx import launch as execute
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastokd.graph import Plan
-from fastokd.kernels.triton import split
+from fastokd.kernels.triton import launch, split
 from fastokd.kernels.triton.kernels import KERNELS
 from fastokd.ops import Inputs, register_executor
 from fastokd.ops import triton as triton_executor
@@ -52,9 +53,7 @@ class PtxExecutor(triton_executor.TritonExecutor):
         names = ("partial_kernel", "merge_kernel", "columns_kernel", "weights_kernel")
         kernels = {name: Kernel(self, function) for name, function in KERNELS.items()}
         split_kernels = {name: Kernel(self, getattr(split, name)) for name in names}
-        with patch.multiple(
-            triton_executor, KERNELS=kernels, split=SimpleNamespace(**split_kernels)
-        ):
+        with patch.multiple(launch, KERNELS=kernels, split=SimpleNamespace(**split_kernels)):
             yield
 
     def forward(self, plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,7 +106,7 @@ class Kernel:
                 constants[position,] = value
         program, shared = self.compiled(signature, attributes, constants, options)
         self.executor.launches += 1
-        launch(program, grid, flat, shared)
+        execute(program, grid, flat, shared)
 
     def compiled(
         self, signature: Any, attributes: Any, constants: Any, options: Any

@@ -28,9 +28,9 @@ from executor_contract import LAYOUTS, Subject, with_logits
 from graph_catalog import Inputs
 from ptx_executor import EXECUTOR
 
+from fastokd.kernels.triton import launch
 from fastokd.kernels.triton.specialize import specialize
 from fastokd.ops import forward_backward
-from fastokd.ops import triton as triton_executor
 
 PTX = Subject(ptx_executor.register(), "cpu")
 CATALOG = {case.name: case.graph for case in graph_catalog.catalog()}
@@ -137,7 +137,7 @@ def test_logit_far_above_estimated_maximum_is_handled() -> None:
 
 
 def test_split_rows_are_as_accurate_as_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_executor, "choose_splits", lambda batch, num_classes: 2)
+    monkeypatch.setattr(launch, "choose_splits", lambda batch, num_classes: 2)
     PTX.compare(PTX.make("cascade, detached", (2, 1200)))
 
 

@@ -32,6 +32,7 @@ from fastokd.methods.okddip import okddip_graph
 from fastokd.methods.one import one_graph
 from fastokd.methods.tsb import tsb_graph
 from fastokd.ops import evaluate
+from fastokd.ops.operator import plan_text
 
 OPAQUE = opaque_executor.register()
 
@@ -491,13 +492,13 @@ def test_probability_mixture_of_one_row_is_that_row(direction: str, scale: float
 def test_operator_passes_opcheck(name: str) -> None:
     graph = next(case.graph for case in catalog() if case.name == name)
     inputs = make_inputs(graph, 4, 6, requires_grad=False)
-    ints, floats = inputs.plan.encode()
+    text = plan_text(inputs.plan)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    arguments = (*inputs.arguments(), ints, floats, "reference")
+    arguments = (*inputs.arguments(), text, "reference")
     torch.library.opcheck(torch.ops.fastokd.graph_forward.default, arguments, test_utils=checks)
     rows, _, stats = torch.ops.fastokd.graph_forward(*arguments)
     needs = [index % 2 == 0 for index in range(len(inputs.leaves()))]
-    backward = (torch.ones_like(rows), *inputs.arguments(), stats, ints, floats, "reference", needs)
+    backward = (torch.ones_like(rows), *inputs.arguments(), stats, text, "reference", needs)
     torch.library.opcheck(torch.ops.fastokd.graph_backward.default, backward, test_utils=checks)
     # Transposed logits and an executor that follows their layout: the operator's results keep the
     # promised one.

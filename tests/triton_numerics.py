@@ -16,12 +16,12 @@ from executor_contract import CHECKS, EXTREME, GRAPHS, Subject, evaluated, names
 from graph_catalog import make_inputs
 from oracles import methods as oracle
 
+from fastokd.kernels.triton import launch
 from fastokd.kernels.triton.columns import FLOOR
 from fastokd.kernels.triton.tile import choose_splits
 from fastokd.losses import FFMLoss, KDCLLoss, MethodLoss, TSBLoss
 from fastokd.methods.simplex import lowest_cross_entropy_weights
 from fastokd.ops import forward_backward
-from fastokd.ops import triton as triton_executor
 from fastokd.ops.reference import PROBABILITY_FLOOR
 from fastokd.ops.triton import INTERPRETED
 from tests.triton_graphs import GRAPHS as TRITON_GRAPHS
@@ -126,7 +126,7 @@ def split(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     long.
     """
     return lambda parts: monkeypatch.setattr(
-        triton_executor, "choose_splits", lambda batch, num_classes: parts
+        launch, "choose_splits", lambda batch, num_classes: parts
     )
 
 

@@ -59,7 +59,7 @@ class Graph:
         """The names of the logits rows in the order in which they are passed to the loss."""
         return tuple(node.name for node in self.nodes if isinstance(node, Logits))
 
-    @property
+    @cached_property
     def externals(self) -> tuple[str, ...]:
         return tuple(node.name for node in self.nodes if isinstance(node, External))
 

@@ -91,6 +91,18 @@ def check_weight(
     return value if value.dim() == 2 else value.expand(batch, width)
 
 
+def check_weights(
+    weights: Mapping[str, Tensor],
+    widths: Mapping[str, int],
+    first: Tensor,
+    labels: Mapping[str, str],
+) -> list[Tensor]:
+    """``check_weight`` of every name in ``widths``."""
+    return [
+        check_weight(name, width, weights, first, labels[name]) for name, width in widths.items()
+    ]
+
+
 def check_external(name: str, externals: Mapping[str, Tensor] | None, first: Tensor) -> Tensor:
     """The external row [B, C] of that name, checked against the first row."""
     label = f"externals['{name}']"
@@ -148,13 +160,19 @@ def check_target(target: object, first: Tensor) -> Tensor:
         raise TypeError(f"target is {target.dtype}; {fix}")
     if target.shape != (batch,):
         raise ValueError(f"target has the shape {tuple(target.shape)}; labels must be [{batch}]")
-    if torch.compiler.is_compiling() or not batch:
-        return target
-    if target.device.type == "cpu" or os.environ.get("FASTOKD_CHECK_LABELS") == "1":
+    check_labels(target, first)
+    return target
+
+
+def check_labels(target: Tensor, first: Tensor) -> None:
+    """Check that labels are in range; see ``check_target``."""
+    batch, num_classes = first.shape
+    if target.dtype in _FLOATS or not batch or torch.compiler.is_compiling():
+        return
+    if target.is_cpu or os.environ.get("FASTOKD_CHECK_LABELS") == "1":
         low, high = (int(value) for value in target.aminmax())
         if low < 0 or high >= num_classes:
             label = low if low < 0 else high
             position = int((target == label).nonzero()[0])
             classes = f"{num_classes} classes (labels 0 to {num_classes - 1})"
             raise ValueError(f"target[{position}] is {label}, but the logits have {classes}")
-    return target

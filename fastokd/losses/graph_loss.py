@@ -1,7 +1,7 @@
 """The loss module that runs any distillation graph."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -12,9 +12,10 @@ from fastokd.graph import Graph, Plan, draw_text, lower
 from fastokd.losses import checks
 from fastokd.losses.options import Impl, Reduction
 from fastokd.ops import Inputs, check_impl, evaluate, forward_backward
-from fastokd.ops.inputs import compute_dtype
+from fastokd.ops.inputs import compute_dtype, is_transformed
 from fastokd.ops.reference import node_rows
 
+MOST_SIGNATURES = 1000
 Rows = Sequence[Tensor] | Tensor
 """M tensors [B, C], or one tensor [M, B, C]."""
 
@@ -35,13 +36,47 @@ class LoweredGraph(NamedTuple):
     plan: Plan
     row_labels: tuple[str, ...]
     weight_labels: Mapping[str, str]
+    checked: set[Any]
+    """Signatures of inputs that have passed ``check``."""
 
     @classmethod
     def of(cls, graph: Graph, labels: Mapping[str, str]) -> "LoweredGraph":
         """Lower a graph; ``labels`` replace the default names of logits rows and weights."""
         rows = tuple(labels.get(name, f"logits[{i}]") for i, name in enumerate(graph.logits))
         weights = {name: labels.get(name, f"weights['{name}']") for name in graph.weight_sources}
-        return cls(graph, lower(graph), rows, weights)
+        return cls(graph, lower(graph), rows, weights, set())
+
+    def check(self, given: "GraphInputs", target: Tensor) -> Tensor:
+        """Check everything that the operator receives, and return the first row of logits.
+
+        All checks but that of labels depend on shapes, dtypes and devices alone, and are skipped
+        for those that have passed before.
+        """
+        signature = None if is_transformed() else self._signature(given, target)
+        if signature is not None and signature in self.checked:
+            checks.check_labels(target, given.logits[0])
+            return given.logits[0]
+        first = checks.check_rows(given.logits, self.row_labels)
+        widths = self.graph.weight_sources
+        checks.check_weights(given.weights, widths, first, self.weight_labels)
+        for name in self.graph.externals:
+            checks.check_external(name, given.externals, first)
+        checks.check_target(target, first)
+        if signature is not None and len(self.checked) < MOST_SIGNATURES:
+            self.checked.add(signature)
+        return first
+
+    def _signature(self, given: "GraphInputs", target: Tensor) -> Hashable:
+        """What ``check`` looks at; None if it cannot be compared."""
+        try:
+            weights = [given.weights[name] for name in self.weight_labels]
+            externals = [given.externals[name] for name in self.graph.externals]
+            tensors = *given.logits, *weights, *externals, target
+            signature = tuple([(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors])
+            hash(signature)
+        except (AttributeError, KeyError, TypeError):
+            return None
+        return signature, target.requires_grad
 
 
 class GraphInputs(NamedTuple):
@@ -105,6 +140,7 @@ class GraphLoss(nn.Module):
         self.num_branches = len(graph.logits) if num_branches is None else num_branches
         self.reduction, self.impl = reduction, impl
         self.extra_terms = dict(extra_terms or {})
+        self._kept: tuple[Any, Tensor, Tensor] | None = None
         self._place_term_weights(torch.device("cpu"))
 
     @property
@@ -244,7 +280,7 @@ class GraphLoss(nn.Module):
                 message names it.
         """
         given, plan, tensors = self._prepared(branch_logits, target, kd_weight, inputs)
-        rows, terms = evaluate(plan, *tensors, self.impl)
+        rows, terms = evaluate(plan, *tensors, self.impl, mean=self.reduction == "mean")
         loss = rows if self.reduction == "none" else rows.sum()
         if self.reduction == "mean":
             loss = loss / max(target.shape[0], 1)
@@ -304,27 +340,32 @@ class GraphLoss(nn.Module):
         if target is None:  # None is valid only for methods such as ``named_logits``
             raise TypeError("target must be a tensor, got NoneType")
         given = self._inputs(branch_logits, target, inputs)
-        graph, plan, row_labels, _ = given.lowered or self.lowered
-        first = checks.check_rows(given.logits, row_labels)
-        weights = self._check_weights(given, first)
-        rows = given.externals
-        externals = [checks.check_external(name, rows, first) for name in graph.externals]
-        checks.check_target(target, first)
+        lowered = given.lowered or self.lowered
+        first = lowered.check(given, target)
         checks.check_kd_weight(kd_weight, first.device)
+        weights = [given.weights[name] for name in lowered.weight_labels]
+        weights = [each if each.dim() == 2 else each.expand(len(first), -1) for each in weights]
+        externals = [given.externals[name] for name in lowered.graph.externals]
+        term_weights = self._weights_of_terms(first, kd_weight)
+        tensors = Inputs(given.logits, weights, externals, target, term_weights)
+        return given, lowered.plan, tensors
+
+    def _weights_of_terms(self, first: Tensor, kd_weight: float | Tensor) -> Tensor:
+        """The weight of each term [T]. The tensor is kept for calls with the same number."""
         device = first.device
         if self.term_weights.device != device and not torch.compiler.is_compiling():
             self._place_term_weights(device)
+        both = self.term_weights
+        key = None if isinstance(kd_weight, Tensor) else _kept_for(first, kd_weight)
+        if self._kept is not None and key == self._kept[0] and both is self._kept[1]:
+            return self._kept[2]
         # ``to`` copies only if the first call is traced: a traced module cannot move its buffers.
-        fixed, scheduled = self.term_weights.to(device)
-        term_weights = (fixed + scheduled * kd_weight).to(compute_dtype(first))
-        return given, plan, Inputs(given.logits, weights, externals, target, term_weights)
-
-    def _check_weights(self, given: GraphInputs, first: Tensor) -> list[Tensor]:
-        graph, _, _, labels = given.lowered or self.lowered
-        return [
-            checks.check_weight(name, width, given.weights, first, labels[name])
-            for name, width in graph.weight_sources.items()
-        ]
+        fixed, scheduled = both.to(device)
+        weights: Tensor = (fixed + scheduled * kd_weight).to(compute_dtype(first))
+        # Not the tensors of FakeTensorMode and inference_mode, which other calls cannot use.
+        if key is not None and type(weights) is Tensor and not weights.is_inference():
+            self._kept = key, both, weights
+        return weights
 
     def _extra_loss(self, values: Mapping[str, Tensor], kd_weight: float | Tensor) -> Tensor:
         parts = []
@@ -379,11 +420,11 @@ class GraphLoss(nn.Module):
         return self._mixtures(self._inputs(branch_logits, None, inputs))
 
     def _mixtures(self, given: GraphInputs) -> dict[str, Tensor]:
-        graph, plan, row_labels, _ = given.lowered or self.lowered
+        graph, plan, row_labels, labels, _ = given.lowered or self.lowered
         if not graph.mixtures:
             return {}
         first = checks.check_rows(given.logits, row_labels)
-        weights = self._check_weights(given, first)
+        weights = checks.check_weights(given.weights, graph.weight_sources, first, labels)
         # Mixtures depend on neither target nor external rows, which are replaced by placeholders.
         target = torch.zeros(first.shape[0], dtype=torch.long, device=first.device)
         externals = [first] * plan.num_externals
@@ -414,3 +455,19 @@ class GraphLoss(nn.Module):
 
     named_rows = renamed_method("named_rows", "named_logits")
     see_held_out = renamed_method("see_held_out", "fit_held_out")
+
+
+def _kept_for(first: Tensor, kd_weight: float) -> tuple[Any, ...] | None:
+    """Identifies the calls that can use the same tensor of term weights; None if it cannot be kept.
+
+    Another stream would not wait for the kernels that compute the tensor, and in a captured graph
+    it has its values only while the graph runs.
+    """
+    if is_transformed() or first.device.type not in ("cpu", "cuda"):
+        return None
+    if first.device.type == "cpu":
+        return kd_weight, first.dtype
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    # The handle of the stream, as Triton and Inductor get it: torch.cuda.current_stream is slow.
+    return kd_weight, first.dtype, torch._C._cuda_getCurrentRawStream(first.get_device())

@@ -159,11 +159,12 @@ def _compiled(plan: Plan) -> CompiledPlan:
 def _describe(tensors: Sequence[Tensor], last: Tensor) -> ctypes.Array[ctypes.c_int64]:
     """The array of ``fastokd_tensor`` for matrices and, last, a matrix or vector.
 
-    Each is four words: address, two strides (0 for a missing dimension), dtype.
+    Each is four words: address, two strides (0 for a missing dimension), dtype. A scalar stands
+    for a vector of equal values.
     """
     words: list[int] = []
     for tensor in (*tensors, last):
-        strides = (*tensor.stride(), 0)[:2]
+        strides = (*tensor.stride(), 0, 0)[:2]
         words += (tensor.data_ptr(), *strides, _DTYPES[tensor.dtype])
     return (ctypes.c_int64 * len(words))(*words)
 
@@ -172,6 +173,7 @@ class CPUExecutor:
     """Float16, bfloat16, float32 and float64 logits on the CPU."""
 
     name = "cpu"
+    computes_early = True
 
     def unsupported_reason(self, plan: Plan | None, case: Case) -> str | None:
         if case.device != "cpu":
@@ -201,10 +203,9 @@ class CPUExecutor:
         self, plan: Plan, inputs: Inputs, needs: Needs
     ) -> tuple[Tensor, Tensor, Gradients]:
         term_weights, outputs = _term_weights(inputs), _outputs(plan, inputs.logits[0])
-        batch = len(inputs.logits[0])
-        grad_rows = torch.full((1,), 1 / max(batch, 1), dtype=term_weights.dtype).expand(batch)
+        upstream = term_weights.new_full((), 1 / max(len(inputs.logits[0]), 1))
         grads, addresses = _gradients(inputs, needs)
-        arrays = term_weights, *outputs, _describe((), grad_rows), addresses
+        arrays = term_weights, *outputs, _describe((), upstream), addresses
         _compiled(plan).call("forward_backward", inputs, *arrays)
         return *outputs[:2], grads
 
@@ -231,10 +232,10 @@ def _gradients(inputs: Inputs, needs: Needs) -> tuple[Gradients, ctypes.Array[ct
     """
     logits, weights = inputs.logits, inputs.weights
     first = logits[0]
-    rows = iter(torch.empty((sum(needs[: len(logits)]), *first.shape), dtype=first.dtype).unbind())
+    rows = iter(first.new_empty((sum(needs[: len(logits)]), *first.shape)).unbind())
     grads = [next(rows) if need else None for need in needs[: len(logits)]]
     grads += [
-        torch.empty(tensor.shape, dtype=tensor.dtype) if need else None
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else None
         for tensor, need in zip(weights, needs[len(logits) :], strict=True)
     ]
     addresses = (None if grad is None else grad.data_ptr() for grad in grads)

@@ -27,7 +27,11 @@ class Case:
 
 
 class Executor(Protocol):
-    """The interface of an executor. It never writes to its inputs."""
+    """The interface of an executor. It never writes to its inputs.
+
+    An attribute ``computes_early = True`` permits that gradients are computed in the forward pass,
+    by ``forward_backward``: the host must be able to read a gradient without waiting.
+    """
 
     name: str
 

@@ -38,3 +38,11 @@ Gradients = list[Tensor | None]
 def compute_dtype(logits: Tensor) -> torch.dtype:
     """The dtype of the arithmetic: float64 for float64 logits, else float32."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def is_transformed() -> bool:
+    """True while ``torch.compile`` or ``torch.func`` transform the calling code: tensors may be
+    symbols, and nothing may be kept for the next call.
+    """
+    # torch.func has no public function for this.
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

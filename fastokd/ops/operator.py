@@ -1,13 +1,15 @@
 """The operators ``graph_forward`` and ``graph_backward``, and the functions that execute a plan.
 
-The operators are defined with ``torch.library`` primitives and are opaque to tracing. Autograd is a
-``torch.autograd.Function`` around them, which costs a third less per call than
-``torch.library.register_autograd``. The reference executor and ``forward_backward`` bypass them.
+The operators are defined with ``torch.library`` primitives and are opaque to tracing. They take the
+plan as text, because converting lists of numbers in every call takes longer than launching a
+kernel. Autograd is a ``torch.autograd.Function`` around them, which costs a third less per call
+than ``torch.library.register_autograd``. The reference executor and ``forward_backward`` bypass
+them.
 """
 
-import inspect
-from collections.abc import Sequence
-from functools import partial
+import json
+from collections.abc import Iterable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -15,35 +17,46 @@ from torch import Tensor
 
 from fastokd.graph.plan import Plan, decode_plan
 from fastokd.ops.executors import Case, load, resolve
-from fastokd.ops.inputs import Gradients, Inputs, Outputs, compute_dtype
+from fastokd.ops.inputs import Gradients, Inputs, Outputs, compute_dtype, is_transformed
 from fastokd.ops.reference import term_values, weighted_rows
 
 # Any, because torch does not annotate the methods of Library.
 _library: Any = torch.library.Library("fastokd", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "graph_forward(Tensor[] logits, Tensor[] weights, Tensor[] externals, Tensor target, Tensor"
-    " term_weights, int[] plan_ints, float[] plan_floats, str executor) -> (Tensor rows, Tensor"
-    " terms, Tensor stats)",
+    " term_weights, str plan, str executor) -> (Tensor rows, Tensor terms, Tensor stats)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 _library.define(
     "graph_backward(Tensor grad_rows, Tensor[] logits, Tensor[] weights, Tensor[] externals, Tensor"
-    " target, Tensor term_weights, Tensor stats, int[] plan_ints, float[] plan_floats, str"
-    " executor, bool[] needs) -> Tensor[]",
+    " target, Tensor term_weights, Tensor stats, str plan, str executor, bool[] needs)"
+    " -> Tensor[]",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
 
+@lru_cache(maxsize=512)
+def plan_text(plan: Plan) -> str:
+    """The plan as the operators take it."""
+    return json.dumps(plan.encode())
+
+
+@lru_cache(maxsize=512)
+def _plan(text: str) -> Plan:
+    """The inverse of ``plan_text``."""
+    ints, floats = json.loads(text)
+    return decode_plan(tuple(ints), tuple(floats))
+
+
 # torch passes the operator's arguments by position, in the order of its definition.
 def _forward(*arguments: Any) -> Outputs:
-    *tensors, ints, floats, executor = arguments
-    plan = decode_plan(tuple(ints), tuple(floats))
-    return load(executor).forward(plan, Inputs(*tensors))
+    *tensors, text, executor = arguments
+    return load(executor).forward(_plan(text), Inputs(*tensors))
 
 
 def _forward_fake(*arguments: Any) -> Outputs:
-    logits, *_, ints, floats, executor = arguments
-    plan = decode_plan(tuple(ints), tuple(floats))
+    logits, *_, text, executor = arguments
+    plan = _plan(text)
     batch, dtype = logits[0].shape[0], compute_dtype(logits[0])
     shapes = ((batch,), (plan.num_terms, batch), (load(executor).num_stats(plan), batch))
     rows, terms, stats = (logits[0].new_empty(shape, dtype=dtype) for shape in shapes)
@@ -51,9 +64,9 @@ def _forward_fake(*arguments: Any) -> Outputs:
 
 
 def _backward(grad_rows: Tensor, *arguments: Any) -> list[Tensor]:
-    *tensors, stats, ints, floats, executor, needs = arguments
-    plan, inputs = decode_plan(tuple(ints), tuple(floats)), Inputs(*tensors)
-    grads = load(executor).backward(plan, grad_rows, inputs, stats, needs)
+    *tensors, stats, text, executor, needs = arguments
+    inputs = Inputs(*tensors)
+    grads = load(executor).backward(_plan(text), grad_rows, inputs, stats, needs)
     # A list of tensors cannot hold None: an empty tensor replaces a gradient that is not needed.
     # Gradients are contiguous, as in ``_backward_fake``.
     first = inputs.logits[0]
@@ -87,8 +100,8 @@ def _constant_when_traced(function: Any) -> Any:
 # While torch.compile traces, these two functions run as plain Python, and their results become
 # constants. Their arguments and results have types that tracing supports (not ``Case``).
 @_constant_when_traced
-def _encoded(plan: Plan) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    return plan.encode()
+def _text(plan: Plan) -> str:
+    return plan_text(plan)
 
 
 @_constant_when_traced
@@ -96,52 +109,142 @@ def _executor_for(impl: str, plan: Plan, device: str, dtype: torch.dtype) -> str
     return resolve(impl, plan, Case(device, dtype))
 
 
+def _is_plain(tensors: Iterable[Tensor]) -> bool:
+    """True if an executor can be called directly instead of by the operator, in half of the time.
+
+    Otherwise something replaces or observes calls of operators: a transformation, a dispatch mode,
+    a subclass of tensors, or a negation that is not computed yet.
+    """
+    if is_transformed() or torch._C._len_torch_dispatch_stack():
+        return False
+    tensors = list(tensors)
+    return _PLAIN.issuperset(map(type, tensors)) and not any(map(Tensor.is_neg, tensors))
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
 class _GraphFunction(torch.autograd.Function):
-    """Autograd around the operator. ``tensors`` are logits, weights, external rows."""
+    """Autograd around an executor. ``tensors`` are logits, weights, external rows.
+
+    ``torch.func`` cannot transform this form of a function, but it is called in a third of the
+    time of ``_OperatorFunction``.
+
+    With ``mean``, which says that the mean of the rows will probably be differentiated, an
+    executor on the CPU computes the gradients in the forward pass, where it reads the logits only
+    once. The backward pass uses them if its incoming gradient is that of the mean. For a plan where
+    it is not, they are not computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mean: bool,
+        plan: Plan,
+        executor: str,
+        target: Tensor,
+        term_weights: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        inputs, chosen = Inputs(*_split(plan, tensors), target, term_weights), load(executor)
+        needs = ctx.needs_input_grad[5 : 5 + len(inputs.differentiable)]
+        stats: Tensor | None = None
+        early = mean and any(needs) and getattr(chosen, "computes_early", False)
+        if early and plan not in _not_the_mean:
+            rows, terms, ctx.early = chosen.forward_backward(plan, inputs, needs)
+        else:
+            ctx.early = None
+            rows, terms, stats = chosen.forward(plan, inputs)
+        _save(ctx, (plan, executor, target, term_weights, *tensors), (rows, terms, stats))
+        return rows, terms, stats
+
+    @staticmethod
+    def backward(ctx: Any, grad_rows: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        return None, *_gradients(ctx, grad_rows, ctx.needs_input_grad[1:])
+
+
+_not_the_mean: set[Plan] = set()
+"""Plans for which gradients were computed early and not used."""
+
+
+def _early_gradients(ctx: Any, grad_rows: Tensor) -> Gradients | None:
+    """The gradients from the forward pass if ``grad_rows`` is the gradient of the mean, once."""
+    early: Gradients | None = getattr(ctx, "early", None)
+    if early is None:
+        return None
+    ctx.early = None
+    batch = len(grad_rows)
+    of_mean = torch.full((), 1 / max(batch, 1), dtype=grad_rows.dtype)
+    if batch and grad_rows.stride(0) == 0 and bool(grad_rows[0] == of_mean):
+        return early
+    if batch:
+        _not_the_mean.add(ctx.plan)
+    return None
+
+
+class _OperatorFunction(torch.autograd.Function):
+    """The same around the operator."""
 
     @staticmethod
     def forward(
         plan: Plan, executor: str, target: Tensor, term_weights: Tensor, *tensors: Tensor
     ) -> Outputs:
         inputs = *_split(plan, tensors), target, term_weights
-        outputs: Outputs = torch.ops.fastokd.graph_forward(*inputs, *_encoded(plan), executor)
+        outputs: Outputs = torch.ops.fastokd.graph_forward(*inputs, _text(plan), executor)
         return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-        plan, executor, target, term_weights, *tensors = inputs
-        _, terms, stats = output
-        ctx.plan, ctx.executor = plan, executor
-        ctx.mark_non_differentiable(terms, stats)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(target, term_weights, terms, stats, *tensors)
+        _save(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        target, term_weights, terms, stats, *tensors = ctx.saved_tensors
-        if grad_rows is None:
-            return (None,) * (4 + len(tensors))
-        logits, weights, externals = _split(ctx.plan, tensors)
-        needs = list(ctx.needs_input_grad[4 : 4 + len(logits) + len(weights)])
-        inputs = logits, weights, externals, target, term_weights
-        with torch.no_grad():
-            grads = torch.ops.fastokd.graph_backward(
-                grad_rows, *inputs, stats, *_encoded(ctx.plan), ctx.executor, needs
-            )
-            grad_term_weights = (terms * grad_rows).sum(1) if ctx.needs_input_grad[3] else None
-        grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-        if torch.is_grad_enabled():  # create_graph=True: the gradients may be differentiated again
-            once = partial(_NoSecondDerivative.apply, ctx.executor)
-            grads = [None if grad is None else once(grad, grad_rows, *tensors) for grad in grads]
-        return (None, None, None, grad_term_weights, *grads, *(None,) * len(externals))
+        return _gradients(ctx, grad_rows, ctx.needs_input_grad)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> None:
         raise NotImplementedError(_unsupported(arguments[1], "torch.vmap"))
 
 
-# torch binds the arguments to the signature in every call; caching it saves 10 of 130 us.
-setattr(_GraphFunction.forward, "__signature__", inspect.signature(_GraphFunction.forward))  # noqa: B010
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor | None, ...]) -> None:
+    """Keep what the backward pass needs."""
+    plan, executor, target, term_weights, *tensors = inputs
+    _, terms, stats = outputs
+    ctx.plan, ctx.executor = plan, executor
+    ctx.mark_non_differentiable(*[each for each in (terms, stats) if each is not None])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(target, term_weights, terms, stats, *tensors)
+
+
+def _gradients(
+    ctx: Any, grad_rows: Tensor | None, needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a function's arguments from the plan on, of which some are needed."""
+    saved = ctx.saved_tensors
+    target, term_weights, terms, stats, *tensors = saved
+    if grad_rows is None:
+        return (None,) * (4 + len(tensors))
+    logits, weights, externals = _split(ctx.plan, tensors)
+    needs = list(needed[4 : 4 + len(logits) + len(weights)])
+    inputs = logits, weights, externals, target, term_weights
+    with torch.no_grad():
+        if early := _early_gradients(ctx, grad_rows):
+            grads = early
+        elif stats is None or _is_plain((grad_rows, *saved)):
+            executor = load(ctx.executor)
+            if stats is None:
+                stats = executor.forward(ctx.plan, Inputs(*inputs))[2]
+            grads = executor.backward(ctx.plan, grad_rows, Inputs(*inputs), stats, needs)
+        else:
+            grads = torch.ops.fastokd.graph_backward(
+                grad_rows, *inputs, stats, _text(ctx.plan), ctx.executor, needs
+            )
+            grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        grad_term_weights = (terms * grad_rows).sum(1) if needed[3] else None
+    if torch.is_grad_enabled():  # create_graph=True: the gradients may be differentiated again
+        once = partial(_NoSecondDerivative.apply, ctx.executor)
+        grads = [None if grad is None else once(grad, grad_rows, *tensors) for grad in grads]
+    return (None, None, None, grad_term_weights, *grads, *(None,) * len(externals))
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -179,8 +282,12 @@ def evaluate(
     target: Tensor,
     term_weights: Tensor,
     impl: str = "auto",
+    *,
+    mean: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Execute a plan on the tensors of ``Inputs``; no gradient flows into target and externals.
+
+    ``mean`` speeds up the backward pass of the mean of the rows on the CPU; it changes no result.
 
     Returns:
         The loss of each sample [B], and the unweighted value of each term [T, B], detached.
@@ -193,7 +300,11 @@ def evaluate(
         terms = term_values(plan, Inputs(logits, weights, externals, target, term_weights))
         return weighted_rows(term_weights, terms), terms.detach()
     tensors = (*logits, *weights, *externals)
-    rows, terms, _ = _GraphFunction.apply(plan, executor, target, term_weights, *tensors)
+    arguments = plan, executor, target, term_weights, *tensors
+    if _is_plain(arguments[2:]):
+        rows, terms, _ = _GraphFunction.apply(mean and torch.is_grad_enabled(), *arguments)
+    else:
+        rows, terms, _ = _OperatorFunction.apply(*arguments)
     return rows, terms
 
 
