@@ -91,6 +91,8 @@ _FRONTIER = {
     **{f"ahbf, {epochs} epochs": _taught("ahbf", epochs=epochs) for epochs in (5, 10, 40)},
 }
 """Error over training compute, together with the rows of 20 epochs."""
+_LATE = {f"ahbf from {start:g}": _taught("ahbf", teach_from=start) for start in (0.5, 0.7, 0.85)}
+"""Late teaching, after a fraction of the epochs."""
 _ABLATIONS = {
     "ahbf, equal depth": _taught("ahbf", aux_blocks=0),
     "ahbf, TA edges only": _taught("ahbf", method_options={"lambda_branch": 0.0}),
@@ -103,10 +105,11 @@ _ABLATIONS = {
 TINY_IMAGENET = Preset(
     name="tiny-imagenet-100",
     title="Tiny-ImageNet-100 at 32 x 32, 200 training images of each class, ResNet-8",
-    rows={**_FIRST, **_OTHERS, **_FRONTIER, **_ABLATIONS},
+    rows={**_FIRST, **_OTHERS, **_LATE, **_FRONTIER, **_ABLATIONS},
     order=(
         ([*_FIRST], (0, 1, 2)),
         ([*_OTHERS], (0, 1, 2)),
+        ([*_LATE], (0, 1, 2)),
         ([*_FRONTIER], (0,)),
         ([*_ABLATIONS], (0, 1, 2)),
         ([*_FIRST][:3], (3, 4)),
