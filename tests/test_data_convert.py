@@ -94,7 +94,7 @@ def test_convert_copies_small_images_and_turns_rotated_ones(tmp_path):
 
 def test_interrupted_conversion_resumes_with_same_result(tree, tmp_path, monkeypatch):
     convert_dataset(tree, tmp_path / "straight", 12)
-    real, calls = convert._converted, []
+    real, calls = convert.converted_bytes, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -102,7 +102,7 @@ def test_interrupted_conversion_resumes_with_same_result(tree, tmp_path, monkeyp
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(convert, "_converted", interrupted)
+    monkeypatch.setattr(convert, "converted_bytes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert_dataset(tree, tmp_path / "out", 12, workers=1)
     assert not [path for path in (tmp_path / "out").rglob(".*")], "no temporary file is left"
@@ -110,7 +110,7 @@ def test_interrupted_conversion_resumes_with_same_result(tree, tmp_path, monkeyp
         DataError, match="conversion is not finished; run the same 'fastokd data convert' again"
     ):
         open_dataset(tmp_path / "out")
-    monkeypatch.setattr(convert, "_converted", real)
+    monkeypatch.setattr(convert, "converted_bytes", real)
     outcome = convert_dataset(tree, tmp_path / "out", 12, workers=1)
     assert outcome.written + outcome.kept == 16
     assert outcome.kept == 9

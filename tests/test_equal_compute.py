@@ -39,8 +39,8 @@ SIZE = (32, 32)
 @pytest.fixture
 def fake(monkeypatch):
     """Runs that take no time."""
-    real = queue._command
-    monkeypatch.setattr(queue, "_command", lambda *given: [*FAKE, *real(*given)[4:]])
+    real = queue.train_command
+    monkeypatch.setattr(queue, "train_command", lambda *given: [*FAKE, *real(*given)[4:]])
 
 
 # ---- the ratio

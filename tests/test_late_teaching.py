@@ -209,7 +209,7 @@ def test_student_trains_on_at_the_start_of_teaching(tmp_path, digits):
     trainer = make(CONFIG, tmp_path / "run", digits)
     trainer.run(until=2)
     before = load_checkpoint(trainer.run_folder.last)
-    trainer._start_teaching()
+    trainer.start_teaching()
     after = trainer.step.state_dict()
     assert after["step"] == before["step"] == 4
     for name, value in before["model"].items():
@@ -232,7 +232,7 @@ def test_average_and_loss_scale_carry_over(tmp_path, digits):
     trainer = make(config, tmp_path / "run", digits)
     trainer.run(until=2)
     before = load_checkpoint(trainer.run_folder.last)
-    trainer._start_teaching()
+    trainer.start_teaching()
     after = trainer.step.state_dict()
     assert before["scaler"]
     for part in ("ema", "scaler"):
@@ -283,7 +283,7 @@ def test_step_is_built_again_at_the_start_of_teaching(tmp_path, digits, monkeypa
     del alone, runner
     compiled.clear()
     first = weakref.ref(trainer.step), weakref.ref(trainer.model)
-    trainer._start_teaching()
+    trainer.start_teaching()
     assert [each() for each in first] == [None, None]  # their memory is free
     model = trainer.model
     assert compiled == [model.trunk, model.companion, *model.branches]

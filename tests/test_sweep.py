@@ -612,7 +612,7 @@ def test_sweep_waits_for_runs_of_killed_sweep(fake, tmp_path, capsys):
     order(tmp_path, {"aux_blocks-0-seed0": "wait"})
     with_fakes = (
         "import sys; from fastokd import cli; from fastokd.experiments.sweep import queue; real ="
-        f" queue._command; queue._command = lambda *given: [*{FAKE}, *real(*given)[4:]];"
+        f" queue.train_command; queue.train_command = lambda *given: [*{FAKE}, *real(*given)[4:]];"
         " cli.main(sys.argv[1:])"
     )
     killed = start(["-c", with_fakes, "sweep", "--out", out, "--data", "digits", *grid])

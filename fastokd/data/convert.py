@@ -178,7 +178,7 @@ def _write_image(job: _Job, shorter_side: int) -> tuple[bool, str | None]:
         if min(decode(job.target).size) <= shorter_side:
             return False, None
     try:
-        content = _converted(job.image, _FORMATS[job.target.suffix.lower()], shorter_side)
+        content = converted_bytes(job.image, _FORMATS[job.target.suffix.lower()], shorter_side)
     except Exception as error:  # a decoder may raise any exception for damaged bytes
         return False, reason_of(error)
     # Not synchronized to the disk: a file that a crash leaves incomplete is detected and rewritten.
@@ -186,7 +186,7 @@ def _write_image(job: _Job, shorter_side: int) -> tuple[bool, str | None]:
     return True, None
 
 
-def _converted(image: Image, file_format: str, shorter_side: int) -> bytes:
+def converted_bytes(image: Image, file_format: str, shorter_side: int) -> bytes:
     """The bytes to write: the image's own where possible."""
     from PIL import Image as PIL
 

@@ -311,7 +311,7 @@ class Trainer:
             self._save()  # a rollback needs a checkpoint
         while self.epoch < until:
             if self._is_alone and self.epoch >= self.config.teach_epoch():
-                self._start_teaching()
+                self.start_teaching()
             steps = len(self.train_loader)
             self.reporter.start_epoch(self.epoch, self.config.epochs, steps, self.done)
             self.throughput.start_epoch(self.epoch, steps, self.done)
@@ -326,7 +326,7 @@ class Trainer:
         """True before ``teach_from``."""
         return self.step.config is not self.config
 
-    def _start_teaching(self) -> None:
+    def start_teaching(self) -> None:
         """Replace the student alone by all networks, at the start of an epoch."""
         student = snapshot(self.step.state_dict())
         if self.step.options.compile:

@@ -220,7 +220,7 @@ class Queue:
             with open(log, "ab") as output:
                 log_start = output.tell()
                 process = subprocess.Popen(
-                    _command(config, job.path, device),
+                    train_command(config, job.path, device),
                     env={**defaults, **os.environ},
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -261,6 +261,7 @@ class Queue:
         return f"{len(self.jobs) - unfinished} of {len(self.jobs)}"
 
 
-def _command(config: Path, path: Path, device: torch.device) -> list[str]:
+def train_command(config: Path, path: Path, device: torch.device) -> list[str]:
+    """The command line of a run."""
     train = [sys.executable, "-m", "fastokd", "train", "--config", str(config), "--out", str(path)]
     return [*train, "--resume", "auto", "--device", str(device), "--quiet"]
