@@ -12,6 +12,9 @@ os.environ.setdefault(
     "FASTOKD_CACHE", "off"
 )  # no test leaves decoded images behind, but those of the cache
 
+# Where the CPU has bf16 arithmetic, it would be the default precision, with other numbers.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
+
 _here = str(Path(__file__).resolve().parent)
 if _here not in sys.path:
     sys.path.insert(0, _here)

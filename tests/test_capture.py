@@ -124,8 +124,12 @@ def test_auto_precision_follows_the_gpu(monkeypatch, capability, precision):
     ids=["avx512", "avx512-bf16", "amx", "arm"],
 )
 def test_auto_precision_follows_the_cpu(monkeypatch, capabilities, precision):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert choose_precision(TrainConfig(), torch.device("cpu")) == precision
     assert choose_precision(TrainConfig(precision="fp32"), torch.device("cpu")) == "fp32"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+    assert choose_precision(TrainConfig(), torch.device("cpu")) == "fp32"
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert choose_precision(TrainConfig(), torch.device("cpu")) == "fp32"

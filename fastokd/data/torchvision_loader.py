@@ -193,7 +193,7 @@ def decode_rgb(data: bytes) -> Tensor:
 
 @functools.cache
 def jpeg_decoder() -> Callable[[Tensor], Tensor] | None:
-    """torchvision's decoder of JPEG files to upright RGB; None if this version has none."""
+    """torchvision's decoder of JPEG files to upright RGB; None if this version lacks it."""
     try:
         from torchvision.io import ImageReadMode, decode_jpeg
     except ImportError:

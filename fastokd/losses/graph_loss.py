@@ -67,7 +67,7 @@ class LoweredGraph(NamedTuple):
         return first
 
     def _signature(self, given: "GraphInputs", target: Tensor) -> Hashable:
-        """What ``check`` looks at; None if it cannot be compared."""
+        """The properties that ``check`` depends on; None if they cannot be compared."""
         try:
             weights = [given.weights[name] for name in self.weight_labels]
             externals = [given.externals[name] for name in self.graph.externals]

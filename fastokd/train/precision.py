@@ -1,6 +1,7 @@
 """Number formats of the forward and backward pass: autocast, TF32 and loss scaling."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch.utils._pytree import tree_map_only
 from fastokd.errors import ConfigError
 from fastokd.train.config import TrainConfig
 
+_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
+"""Values of ``ONEDNN_MAX_CPU_ISA`` without bfloat16 products."""
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -36,10 +39,13 @@ def choose_precision(config: TrainConfig, device: torch.device) -> str:
 
 
 def has_bf16_arithmetic() -> bool:
-    """True if this machine's CPU has instructions for bfloat16 products (AVX-512 BF16 or AMX).
+    """True if convolutions use the CPU's instructions for bfloat16 products (AVX-512 BF16, AMX).
 
-    Elsewhere bfloat16 is emulated, and slower than float32. False if PyTorch cannot tell.
+    Elsewhere bfloat16 is emulated, and slower than float32. False if PyTorch cannot tell, and if
+    the environment variable ``ONEDNN_MAX_CPU_ISA`` forbids these instructions.
     """
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _WITHOUT_BF16:
+        return False
     capabilities: Mapping[str, bool | int | str] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 

@@ -77,7 +77,7 @@ class Row:
     Attributes:
         group: its runs.
         equal_epochs: the reference with as many epochs: the same network alone (``baseline``), or
-            else the first group of the same network; itself has none.
+            else the first group of the same network, which has no reference.
         equal_compute: the reference with as much training compute: the same network alone with
             another number of epochs. Groups of a network alone have none.
         costs: of its networks; None if the runs have lost the record of their data.
