@@ -125,7 +125,7 @@ class Matrix(Plan):
     @property
     def images(self) -> Any:
         """The dataset of all runs."""
-        return self._dataset(next(iter(self.jobs.values()))[0].config)
+        return self.dataset(next(iter(self.jobs.values()))[0].config)
 
     def results(self, failed: Mapping[str, str]) -> "MatrixResults":
         return MatrixResults(self.measured(failed), (), self.out, self)
@@ -169,17 +169,19 @@ def plan_matrix(
     )
     if not wanted:
         raise ConfigError(f"--seeds {seeds}: must be at least 1")
+    where = str(data.absolute())
+    configs = {row: replace(config, data=where) for row, config in preset.rows.items()}
     jobs = {}
-    for row in preset.rows:
-        own = [seed for name, seed in preset.runs if name == row]
+    for row, config in configs.items():
+        seeds_of_row = [seed for name, seed in preset.runs if name == row]
         folder = row.replace(", ", "-").replace(" ", "-")
-        config = replace(preset.rows[row], data=str(data.absolute()))
-        jobs[row] = plan_runs(out, folder, config, own)
+        jobs[row] = plan_runs(out, folder, config, seeds_of_row)
     for folder in (out, file.parent):
         check_writable(folder)
     return Matrix(
         out=out,
         jobs=jobs,
+        configs=configs,
         rows=tuple(dict.fromkeys(row for row, _ in wanted)),
         seeds=max(seed for _, seed in wanted) + 1,
         preset=preset,
