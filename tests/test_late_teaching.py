@@ -183,7 +183,7 @@ def test_branches_separate_in_training(tmp_path, digits, aux_blocks):
 # --- the run
 
 
-def test_epochs_before_equal_a_run_of_the_student_alone(tmp_path, digits):
+def test_epochs_before_teaching_equal_baseline_run(tmp_path, digits):
     late = make(dataclasses.replace(CONFIG, method="okddip"), tmp_path / "late", digits)
     late.run(until=2)
     baseline = dataclasses.replace(CONFIG, method="baseline", branches=None, teach_from=0.0)
@@ -377,8 +377,8 @@ def test_changed_start_of_teaching_is_refused_if_it_crosses_the_checkpoint(tmp_p
     with pytest.raises(
         ConfigError,
         match=(
-            r"epochs=4 and teach_from=1: teaching would start in epoch 2, but .*last.pt is of 2"
-            r" epochs and holds only the student; .* --teach-from 2 --allow-config-change"
+            r"epochs=4 with teach_from=1: teaching would now start in epoch 2, but the run has"
+            r" trained only the student in its 2 epochs .* --teach-from 2 --allow-config-change"
         ),
     ):
         resumed_with(trainer, teach_from=1.0)
@@ -389,7 +389,9 @@ def test_changed_start_of_teaching_is_refused_if_it_crosses_the_checkpoint(tmp_p
 def test_finished_run_continues_to_teach_with_more_epochs(tmp_path, digits):
     trainer = make(CONFIG, tmp_path / "run", digits)
     trainer.run()
-    with pytest.raises(ConfigError, match=r"teaching would start in epoch 5, but .* all branches"):
+    with pytest.raises(
+        ConfigError, match=r"would now start in epoch 5, but the run has already started"
+    ):
         resumed_with(trainer, epochs=8)
     assert resumed_with(trainer, epochs=5).model.num_branches == 3
     other = resumed_with(trainer, epochs=8, teach_from=2.0)
@@ -490,10 +492,13 @@ def test_sweep_takes_several_starts():
     [
         ({"teach_from": -0.5}, "teach_from=-0.5: it must be at least 0"),
         ({"teach_from": math.nan}, "teach_from=nan: it must be at least 0"),
-        ({"teach_from": 1.5}, "teach_from=1.5: it must be a fraction of the epochs below 1, or"),
-        ({"teach_from": 0.1}, "teach_from=0.1: teaching would start in epoch 1 of 4; there must"),
-        ({"teach_from": 0.9}, "teach_from=0.9: teaching would start in epoch 5 of 4; there must"),
-        ({"teach_from": 4.0}, "teach_from=4: teaching would start in epoch 5 of 4; there must"),
+        ({"teach_from": 1.5}, "teach_from=1.5: neither a fraction below 1 nor a whole number"),
+        (
+            {"teach_from": 0.1},
+            "teach_from=0.1 with epochs=4: no epoch is left for the student alone",
+        ),
+        ({"teach_from": 0.9}, "teach_from=0.9 with epochs=4: no epoch is left for teaching"),
+        ({"teach_from": 4.0}, "teach_from=4 with epochs=4: no epoch is left for teaching"),
         ({"method": "baseline", "branches": None}, "method 'baseline': no branch could teach"),
         ({"method": "dml", "branches": None}, "use a method with branches, e.g. ahbf"),
         ({"method": "okddip", "topology": "peers"}, "use --topology branches"),

@@ -440,7 +440,7 @@ def test_wandb_without_login_is_dropped(tmp_path, online):
 class TestEnvironment:
     def test_environment_entries(self, tmp_path):
         run = RunFolder.create(tmp_path / "run")
-        run.save_environment(torch.device("cpu"), {"name": "toy"})
+        run.save_environment(torch.device("cpu"), "fp32", {"name": "toy"})
         found = json.loads(run.environment_path.read_text())
         # No host, no user, no environment variables: a new entry has to be thought about here.
         assert set(found) == {
@@ -471,15 +471,15 @@ class TestEnvironment:
 
     def test_resume_adds_a_session(self, tmp_path, monkeypatch):
         run = RunFolder.create(tmp_path / "run")
-        run.save_environment(torch.device("cpu"), {"name": "toy"})
+        run.save_environment(torch.device("cpu"), "fp32", {"name": "toy"})
         start = json.loads(run.environment_path.read_text())
         # Private, because the commit of the checkout changes.
         monkeypatch.setattr(run_folder, "_commit", lambda: "0123456789ab")
         monkeypatch.setattr(
             sys, "orig_argv", ["python3", "/usr/bin/fastokd", "train", "--resume", "run"]
         )
-        run.add_session(torch.device("cpu"))
-        run.add_session(torch.device("cpu"))
+        run.add_session(torch.device("cpu"), "fp32")
+        run.add_session(torch.device("cpu"), "fp32")
         found = json.loads(run.environment_path.read_text())
         assert {**found, "sessions": start["sessions"]} == start
         assert [(session["command"], session["commit"]) for session in found["sessions"]] == [
@@ -488,7 +488,10 @@ class TestEnvironment:
         ]
         assert all(
             set(session)
-            == {"started", "command", "commit", "fastokd", "torch", "device", "world_size"}
+            == {
+                *("started", "command", "commit", "fastokd", "torch", "device", "precision"),
+                "world_size",
+            }
             for session in found["sessions"]
         )
         assert run.versions() == {name: start[name] for name in ("fastokd", "commit", "torch")}
@@ -497,7 +500,7 @@ class TestEnvironment:
     def test_damaged_environment_keeps_the_run(self, tmp_path, damage):
         run = RunFolder.create(tmp_path / "run")
         run.environment_path.write_text(damage)
-        run.add_session(torch.device("cpu"))
+        run.add_session(torch.device("cpu"), "fp32")
         assert len(json.loads(run.environment_path.read_text())["sessions"]) == 1
         assert run.versions() == {}
 

@@ -1,4 +1,4 @@
-"""Train the runs of a matrix that its result file lacks: ``python -m bench.accuracy PRESET``."""
+"""Train the missing runs of a benchmark matrix."""
 
 import argparse
 import sys
@@ -15,7 +15,9 @@ from fastokd.errors import ConfigError, FastOKDError
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__)
-    parser.add_argument("preset", choices=PRESETS, help="the matrix")
+    parser.add_argument(
+        "preset", choices=PRESETS, help="matrix of rows and seeds, see bench/accuracy/presets.py"
+    )
     parser.add_argument(
         "--data",
         type=Path,
@@ -23,18 +25,20 @@ def _parser() -> argparse.ArgumentParser:
         " next to it)",
     )
     parser.add_argument(
-        "--out", type=Path, help="result file (default bench/results/accuracy-PRESET-cpu.json)"
+        "--out", type=Path, help="result file (default: bench/results/accuracy-PRESET-cpu.json)"
     )
     parser.add_argument(
         "--runs",
         type=Path,
-        help="folder for run folders and images, to resume runs (default runs/accuracy/PRESET)",
+        help="folder of the prepared images and the run folders (default: runs/accuracy/PRESET)",
     )
-    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these rows")
-    parser.add_argument("--seeds", type=int, help="only seeds below this number")
+    parser.add_argument(
+        "--rows", nargs="+", default=[], metavar="ROW", help="train only these rows"
+    )
+    parser.add_argument("--seeds", type=int, help="train only seeds 0 to SEEDS - 1")
     parser.add_argument("--per-device", type=int, help="simultaneous runs (default: the preset's)")
     parser.add_argument(
-        "--dry-run", action="store_true", help="show what there is, and train nothing"
+        "--dry-run", action="store_true", help="print finished and missing runs, and train nothing"
     )
     return parser
 

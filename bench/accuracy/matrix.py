@@ -17,7 +17,7 @@ from fastokd.experiments.analysis.tables import Table, spread
 from fastokd.experiments.sweep.plan import Plan, Record, Results, plan_runs
 from fastokd.experiments.sweep.queue import Job
 from fastokd.storage import write_json
-from fastokd.train.compute import training_flops
+from fastokd.train.compute import total_training_flops
 from fastokd.train.config import TrainConfig, config_from_mapping, differences
 from fastokd.train.run_folder import read_json_object
 
@@ -49,10 +49,10 @@ def measured(run: Run) -> Entry:
 
 
 def _total_flops(run: Run) -> int:
-    """The FLOPs of training: see ``training_flops``, three times for each image of every epoch."""
-    forward = training_flops(run.config, run.data["num_classes"], run.data["image_size"])
-    steps = run.data["num_images"]["train"] // run.config.batch_size
-    return round(3 * forward * steps * run.config.batch_size * run.config.epochs)
+    """``total_training_flops`` of a run."""
+    data = run.data
+    images = data["num_images"]["train"]
+    return round(total_training_flops(run.config, data["num_classes"], data["image_size"], images))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +215,10 @@ class MatrixResults(Results):
         return content
 
     def write(self) -> None:
-        """Write the result file."""
-        write_json(self.matrix.file, self.as_json())
+        """Write the result file, if a run has finished."""
+        content = self.as_json()
+        if content["runs"]:
+            write_json(self.matrix.file, content)
 
     def files(self) -> dict[str, str]:
         return {}
@@ -234,8 +236,11 @@ class MatrixResults(Results):
 
 
 def _as_mapping(config: TrainConfig) -> dict[str, Any]:
-    """The configuration's fields that differ from their defaults, as JSON has them."""
+    """The configuration without the fields that may differ between runs, as JSON has it.
+
+    Defaults are included: a later version may have others.
+    """
     fields = yaml.safe_load(config.to_yaml())
-    defaults = yaml.safe_load(TrainConfig().to_yaml())
-    different = {name: value for name, value in fields.items() if value != defaults[name]}
-    return json.loads(json.dumps(different))
+    return json.loads(
+        json.dumps({name: value for name, value in fields.items() if name not in SAME_RUN})
+    )

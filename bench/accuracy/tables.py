@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.accuracy.presets import ALONE, EQUAL_COMPUTE, PRESETS
+from bench.accuracy.presets import ALONE, PRESETS
 from bench.gpu.results import ROOT
 from fastokd.experiments.analysis.figures import require_matplotlib, save_svg
 from fastokd.experiments.analysis.tables import markdown_table, spread
+
+EQUAL = 0.1
+"""The largest relative difference of training compute that counts as equal."""
 
 
 class Row(NamedTuple):
@@ -63,7 +66,7 @@ def accuracy_tables(path: Path) -> list[str]:
     found = json.loads(path.read_text(encoding="utf-8"))
     rows = read_rows(found)
     preset = PRESETS[found["preset"]]
-    alone, equal = rows.get(ALONE), rows.get(EQUAL_COMPUTE)
+    alone = rows.get(ALONE)
     lines = [
         (
             row.name,
@@ -73,8 +76,8 @@ def accuracy_tables(path: Path) -> list[str]:
             spread([*row.best.values()]),
             spread(row.ensemble),
             f"{row.flops / alone.flops:.2f}" if alone else "-",
-            _difference(row, alone),
-            _difference(row, equal),
+            _difference(row, _equal_epochs(row, rows)),
+            _difference(row, _equal_compute(row, rows)),
             f"{row.hours:.1f}",
         )
         for row in rows.values()
@@ -87,8 +90,8 @@ def accuracy_tables(path: Path) -> list[str]:
         "best epoch, %",
         "ensemble's error, %",
         f"training FLOPs / {ALONE}",
-        f"difference to {ALONE}",
-        f"difference to {EQUAL_COMPUTE}",
+        "difference from alone, equal epochs",
+        "difference from alone, equal compute",
         "hours",
     )
     return [
@@ -100,9 +103,11 @@ def accuracy_tables(path: Path) -> list[str]:
         (
             "Errors are of the last epoch, mean +- sample standard deviation over the seeds; the"
             " best epoch is selected on the evaluation images and therefore optimistic. Differences"
-            " are in percentage points over the shared seeds (negative: a better student), with"
-            " the p-value of a two-sided paired t-test. Training FLOPs count three forward passes"
-            " of all trained networks for each image. Hours are of training on a shared machine."
+            " are in percentage points from the student alone with as many epochs, and with as much"
+            f" training compute (within {EQUAL:.0%}), over the shared seeds (negative: a better"
+            " student), with the p-value of a two-sided paired t-test. Training FLOPs count three"
+            " forward passes of all trained networks for each image. Hours are of training on a"
+            " shared machine."
         ),
         "",
         *([_missing(rows, preset.rows), ""] if _missing(rows, preset.rows) else []),
@@ -126,15 +131,37 @@ def _setting(path: Path, found: Mapping[str, Any]) -> str:
     where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
     return (
         f"{' and '.join(counts)} images of {found['data']['num_classes']} classes; {settings}"
-        f" (other settings: the defaults of `fastokd train`); {machines[0]['device']}, torch"
+        f" (all settings: `bench/accuracy/presets.py`); {machines[0]['device']}, torch"
         f" {versions}; commit {commits}; `{where}`, made by `python -m bench.accuracy"
         f" {found['preset']}`."
     )
 
 
+def _equal_epochs(row: Row, rows: Mapping[str, Row]) -> Row | None:
+    """The student alone with as many epochs; None for such rows themselves."""
+    if _is_alone(row):
+        return None
+    return next((each for each in rows.values() if _is_alone(each, row.epochs)), None)
+
+
+def _equal_compute(row: Row, rows: Mapping[str, Row]) -> Row | None:
+    """The student alone with the closest training compute, within ``EQUAL``; None for such rows
+    themselves.
+    """
+    others = [each for each in rows.values() if _is_alone(each) and not _is_alone(row)]
+    distances = {each.name: abs(each.flops / row.flops - 1) for each in others}
+    closest = min(others, key=lambda each: distances[each.name], default=None)
+    return closest if closest and distances[closest.name] <= EQUAL else None
+
+
+def _is_alone(row: Row, epochs: int | None = None) -> bool:
+    """True for the student alone, with that number of epochs if it is given."""
+    return row.settings["method"] == "baseline" and epochs in (None, row.epochs)
+
+
 def _difference(row: Row, reference: Row | None) -> str:
     """The mean difference of the errors over shared seeds, with n and p."""
-    if reference is None or row is reference:
+    if reference is None:
         return "-"
     seeds = [seed for seed in row.errors if seed in reference.errors]
     differences = [row.errors[seed] - reference.errors[seed] for seed in seeds]

@@ -59,8 +59,8 @@ def sweep(
         seeds: Number of runs of each point, with seeds from 0
         out: Folder (default: sweeps/RECIPE, or sweeps/MODEL-METHOD). A larger grid may use the
             folder of a smaller one
-        equal_compute: Add the student alone with as much training compute as each point: more
-            epochs, with its schedule stretched
+        equal_compute: For each point, also train the student alone with the same training compute
+            (more epochs, schedule stretched), and compare
     """
     changes = {} if data is None else {"data": absolute_spec(data)}
     base = override(start_from(recipe, config), changes)
@@ -93,8 +93,8 @@ def reproduce(
         epochs: Scale all schedules to this number of epochs (default: as in the recipes)
         set: Another value for a field of every recipe, as for 'fastokd sweep --set': precision=fp32
         out: Folder (default: reproduce/TABLE)
-        equal_compute: Add the student alone with as much training compute as each recipe: more
-            epochs, with its schedule stretched
+        equal_compute: For each recipe, also train the student alone with the same training compute
+            (more epochs, schedule stretched), and compare
     """
     if table is None:
         print(table_of_tables().as_text())

@@ -351,12 +351,12 @@ class GraphLoss(nn.Module):
         return given, lowered.plan, tensors
 
     def _weights_of_terms(self, first: Tensor, kd_weight: float | Tensor) -> Tensor:
-        """The weight of each term [T]. The tensor is kept for calls with the same number."""
+        """The weight of each term [T], a cached tensor while ``kd_weight`` is the same number."""
         device = first.device
         if self.term_weights.device != device and not torch.compiler.is_compiling():
             self._place_term_weights(device)
         both = self.term_weights
-        key = None if isinstance(kd_weight, Tensor) else _kept_for(first, kd_weight)
+        key = None if isinstance(kd_weight, Tensor) else _kept_for(first, kd_weight, both)
         if self._kept is not None and key == self._kept[0] and both is self._kept[1]:
             return self._kept[2]
         # ``to`` copies only if the first call is traced: a traced module cannot move its buffers.
@@ -457,17 +457,18 @@ class GraphLoss(nn.Module):
     see_held_out = renamed_method("see_held_out", "fit_held_out")
 
 
-def _kept_for(first: Tensor, kd_weight: float) -> tuple[Any, ...] | None:
-    """Identifies the calls that can use the same tensor of term weights; None if it cannot be kept.
+def _kept_for(first: Tensor, kd_weight: float, term_weights: Tensor) -> tuple[Any, ...] | None:
+    """Key of the cached tensor of term weights; None if it must not be cached.
 
     Another stream would not wait for the kernels that compute the tensor, and in a captured graph
     it has its values only while the graph runs.
     """
-    if is_transformed() or first.device.type not in ("cpu", "cuda"):
+    if is_transformed() or first.device.type not in ("cpu", "cuda") or term_weights.is_inference():
         return None
+    key = kd_weight, first.dtype, term_weights._version  # which counts changes in place
     if first.device.type == "cpu":
-        return kd_weight, first.dtype
+        return key
     if torch.cuda.is_current_stream_capturing():
         return None
     # The handle of the stream, as Triton and Inductor get it: torch.cuda.current_stream is slow.
-    return kd_weight, first.dtype, torch._C._cuda_getCurrentRawStream(first.get_device())
+    return *key, torch._C._cuda_getCurrentRawStream(first.get_device())

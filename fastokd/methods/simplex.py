@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastokd.ops.executors import Case, resolve
+from fastokd.ops.operator import is_plain
 
 MAX_ROWS = 6
 """More rows would make too many faces: there are 2^M - 1."""
@@ -39,7 +40,7 @@ def lowest_cross_entropy_weights(
     """
     z = torch.stack([row.detach() for row in rows], 1)
     count, num_classes = z.shape[1:]
-    fused = count * num_classes <= _FUSED_LOGITS and not torch.compiler.is_compiling()
+    fused = count * num_classes <= _FUSED_LOGITS and is_plain((z, target))
     if fused and resolve(impl, None, Case(z.device.type, z.dtype)) == "triton":
         from fastokd.kernels.triton.simplex import launch_solver  # imports Triton
 

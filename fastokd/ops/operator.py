@@ -37,7 +37,7 @@ _library.define(
 
 @lru_cache(maxsize=512)
 def plan_text(plan: Plan) -> str:
-    """The plan as the operators take it."""
+    """The plan as JSON, the operators' argument."""
     return json.dumps(plan.encode())
 
 
@@ -109,7 +109,7 @@ def _executor_for(impl: str, plan: Plan, device: str, dtype: torch.dtype) -> str
     return resolve(impl, plan, Case(device, dtype))
 
 
-def _is_plain(tensors: Iterable[Tensor]) -> bool:
+def is_plain(tensors: Iterable[Tensor]) -> bool:
     """True if an executor can be called directly instead of by the operator, in half of the time.
 
     Otherwise something replaces or observes calls of operators: a transformation, a dispatch mode,
@@ -183,7 +183,7 @@ def _early_gradients(ctx: Any, grad_rows: Tensor) -> Gradients | None:
 
 
 class _OperatorFunction(torch.autograd.Function):
-    """The same around the operator."""
+    """Autograd around the operator, for traced, transformed and subclassed tensors."""
 
     @staticmethod
     def forward(
@@ -230,7 +230,7 @@ def _gradients(
     with torch.no_grad():
         if early := _early_gradients(ctx, grad_rows):
             grads = early
-        elif stats is None or _is_plain((grad_rows, *saved)):
+        elif stats is None or is_plain((grad_rows, *saved)):
             executor = load(ctx.executor)
             if stats is None:
                 stats = executor.forward(ctx.plan, Inputs(*inputs))[2]
@@ -301,7 +301,7 @@ def evaluate(
         return weighted_rows(term_weights, terms), terms.detach()
     tensors = (*logits, *weights, *externals)
     arguments = plan, executor, target, term_weights, *tensors
-    if _is_plain(arguments[2:]):
+    if is_plain(arguments[2:]):
         rows, terms, _ = _GraphFunction.apply(mean and torch.is_grad_enabled(), *arguments)
     else:
         rows, terms, _ = _OperatorFunction.apply(*arguments)

@@ -86,7 +86,9 @@ class TritonExecutor:
 
 
 def _device_of(inputs: Inputs) -> AbstractContextManager[None]:
-    """Make the device of the inputs the current one, which takes long if it is already."""
+    """Context in which the device of the inputs is current. It does nothing if it already is,
+    because entering ``torch.cuda.device`` is slow.
+    """
     index = inputs.logits[0].get_device()
     if index < 0 or index == torch.cuda.current_device():  # -1 for the interpreter's tensors
         return nullcontext()

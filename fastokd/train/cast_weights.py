@@ -1,7 +1,7 @@
 """Weights in bf16 or fp16, cast once per step instead of by autocast in every layer."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,17 +25,17 @@ class CastWeights:
     and evaluation use the weights themselves.
 
     Args:
-        images: a batch; its values are not used.
-        precision: "bf16" or "fp16".
-
-    Raises:
-        Exception: the forward pass cannot run on fake tensors; operators may raise anything.
+        chosen: the weights to replace, see ``cast_parameters``.
+        dtype: of the copies.
     """
 
     def __init__(
-        self, model: BranchedModel, optimizers: Optimizers, images: Tensor, precision: str
+        self,
+        model: BranchedModel,
+        optimizers: Optimizers,
+        chosen: Sequence[nn.Parameter],
+        dtype: torch.dtype,
     ) -> None:
-        chosen, dtype = cast_parameters(model, images, precision), image_dtype(precision)
         self._groups = [group for group in optimizers.groups if isinstance(group, FlatParameters)]
         copies: dict[nn.Parameter, nn.Parameter] = {}
         for group in self._groups:
@@ -77,6 +77,13 @@ class CastWeights:
 def cast_parameters(model: BranchedModel, images: Tensor, precision: str) -> list[nn.Parameter]:
     """The parameters that a forward pass for these images only casts to the dtype of autocast, and
     at most once where gradients are recorded. Nothing is computed and nothing changes.
+
+    Args:
+        images: a batch; its values are not used.
+        precision: "bf16" or "fp16".
+
+    Raises:
+        Exception: the forward pass cannot run on fake tensors; operators may raise anything.
     """
     parameters = [each for each in model.parameters() if each.dtype == torch.float32]
     run_branches, model.run_branches = model.run_branches, one_by_one  # no streams
@@ -88,7 +95,7 @@ def cast_parameters(model: BranchedModel, images: Tensor, precision: str) -> lis
             autocast(precision, images.device),
             eager,
         ):
-            # Small buffers would change.
+            # Fake copies, because the forward pass updates batch-norm statistics.
             buffers: dict[str, Tensor] = {
                 name: mode.from_tensor(buffer) for name, buffer in model.named_buffers()
             }

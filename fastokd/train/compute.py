@@ -94,6 +94,18 @@ def training_flops(config: TrainConfig, num_classes: int, image_size: Sequence[i
     return total / config.epochs
 
 
+def total_training_flops(
+    config: TrainConfig, num_classes: int, image_size: Sequence[int], num_images: int
+) -> float:
+    """The FLOPs of a run: three times ``training_flops`` for every image of all epochs.
+
+    Args:
+        num_images: training images; those of an epoch that do not fill a batch are not trained on.
+    """
+    trained = num_images - num_images % config.batch_size
+    return 3 * training_flops(config, num_classes, image_size) * config.epochs * trained
+
+
 def kept_branch(config: TrainConfig) -> int:
     """The index of the branch that is the student."""
     kept = -1 if config.compression else get_method(config.method).kept
@@ -108,7 +120,7 @@ def student_network(config: TrainConfig) -> str:
 
 def student_alone(config: TrainConfig) -> TrainConfig:
     """The configuration of the student alone: without the layout and the options of the method,
-    except label smoothing, which is no teaching. All else is equal.
+    except label smoothing, which needs no teacher. All other fields are unchanged.
     """
     defaults: Mapping[str, Any] = vars(TrainConfig())
     own = fields_with_role(Role.TRAINED | Role.OF_METHOD)
@@ -143,7 +155,7 @@ def scaled(config: TrainConfig, epochs: int) -> TrainConfig:
         ramp_epochs=ramp,
         warmup_epochs=warmup,
         resize_schedule=sizes,
-        teach_from=start if start < 1 else max(1, round(start * factor)),
+        teach_from=start if start < 1 else min(max(1, round(start * factor)), epochs - 1),
     )
 
 

@@ -134,8 +134,8 @@ class TrainConfig:
     )
     teach_from: float = METHOD(
         0.0,
-        "Start of the teaching: a fraction of the epochs, or a 0-based epoch from 1 on. Before, the"
-        " student is trained alone; 0: teach in all epochs",
+        "Late teaching: train the student alone until this point, then all branches. Below 1: a"
+        " fraction of --epochs; from 1 on: a number of epochs (1 is one epoch); 0: off",
         ge=0,
         role=TRAINED | OF_METHOD,
     )
@@ -466,12 +466,13 @@ def _late_teaching_rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
     name = f"teach_from={config.teach_from:g}"
     yield (
         config.teach_from > 1 and config.teach_from != start,
-        f"{name}: it must be a fraction of the epochs below 1, or a whole number of epochs",
+        f"{name}: neither a fraction below 1 nor a whole number of epochs; pass e.g. 0.5 or 2",
     )
     yield (
         not 0 < start < config.epochs,
-        f"{name}: teaching would start in epoch {start + 1} of {config.epochs}; there must be at"
-        " least one epoch before it and one from it on",
+        f"{name} with epochs={config.epochs}: no epoch is left for"
+        f" {'teaching' if start else 'the student alone'}; pass a fraction such as 0.5, or a number"
+        " of epochs from 1 to epochs - 1",
     )
     branched = "branches" in method.topologies
     yield (
@@ -486,7 +487,7 @@ def _late_teaching_rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
     yield (
         config.compression,
         f"{name} and compression=True: branches with fewer blocks than the student cannot start as"
-        " copies of it; use one of them",
+        " copies of it; omit teach_from or compression",
     )
 
 

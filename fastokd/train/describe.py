@@ -17,16 +17,20 @@ def describe_loss(criterion: MethodLoss, config: TrainConfig) -> str:
         line += f"; kd_weight is {config.kd_weight_at(first):.3g} in epoch {first + 1}"
         if length > 1:
             line += f", {config.kd_weight_at(last):.3g} in epoch {last + 1}"
-        line += " and 1 afterwards"
+        if last + 1 < config.epochs:
+            line += " and 1 afterwards"
     return line
 
 
 def describe_late_teaching(config: TrainConfig) -> str:
     """One line about the epochs before ``teach_from``."""
-    start = config.teach_epoch()
+    start, copies = config.teach_epoch(), config.num_branches() - 1
+    further = (
+        f"{copies} further branches start as copies of it" if copies else "its teacher is used"
+    )
     return (
-        f"late teaching: {start} of {config.epochs} epochs train the student alone; its part after"
-        f" the split is then copied into {config.num_branches()} branches, from epoch {start + 1}"
+        f"late teaching: the student is trained alone in the first {start} of {config.epochs}"
+        f" epochs; from epoch {start + 1} on, {further}"
     )
 
 

@@ -67,14 +67,14 @@ def check_same_phase(
         ConfigError: the change of ``epochs`` or ``teach_from`` moves the start of the teaching to
             the other side of the checkpoint.
     """
-    if (alone := is_before_teaching(before, state)) == is_before_teaching(config, state):
+    if (is_alone := is_before_teaching(before, state)) == is_before_teaching(config, state):
         return
-    given = f"epochs={config.epochs} and teach_from={config.teach_from:g}"
-    networks = "only the student" if alone else "all branches"
+    changed = f"epochs={config.epochs} with teach_from={config.teach_from:g}"
+    networks = "has trained only the student" if is_alone else "has already started teaching"
     raise ConfigError(
-        f"{given}: teaching would start in epoch {config.teach_epoch() + 1}, but {where} is of"
-        f" {state['epoch']} epochs and holds {networks}; to keep the epoch in which teaching"
-        f" starts, pass --teach-from {before.teach_epoch()} --allow-config-change"
+        f"{changed}: teaching would now start in epoch {config.teach_epoch() + 1}, but the run"
+        f" {networks} in its {state['epoch']} epochs ({where}); to keep the start, pass"
+        f" --teach-from {before.teach_epoch()} --allow-config-change"
     )
 
 
@@ -90,8 +90,8 @@ def build_step(
     """Build the networks and the step of a run's configuration.
 
     Args:
-        alone: of the student alone, as before ``teach_from``.
-        student: start from the ``TrainStep.state_dict`` of such a student.
+        alone: build the step of the student alone, as before ``teach_from``.
+        student: the ``TrainStep.state_dict`` of that step, from which the branches start.
 
     Raises:
         ConfigError: the network cannot take the images, or an option is not available.
@@ -118,9 +118,9 @@ def copy_student(
     """Load the weights of a student trained alone into the trunk and all branches of a model.
 
     The kept branch becomes the student's part after the split. Every other branch gets the values
-    of the same layers; a tensor that is larger there, behind additional dense layers, gets them in
-    its first channels and zeros for the further inputs. Additional blocks become the identity if
-    that takes no more than zeros in their last layer, as for residual blocks, and otherwise stay
+    of the same layers; a tensor with more input channels (after additional dense layers) gets these
+    values in its first channels and zeros in the rest. Additional blocks become the identity if
+    zeros in their last layer are enough, as for residual blocks, and otherwise stay
     as initialized. A branch without additional blocks gets noise on its head's weights, of a tenth
     of their standard deviation, because equal branches would get equal gradients.
 
@@ -251,7 +251,9 @@ def _identities(
 
 
 def _add_noise(branch: nn.Module, generator: torch.Generator) -> None:
-    """Add Gaussian noise to the weights of a branch's head, or of all its layers without any."""
+    """Add Gaussian noise to the weights of a branch's head, or of all its layers if the head has no
+    weights.
+    """
     head = [each for each in branch.get_submodule("head").parameters() if each.dim() > 1]
     for weight in head or [each for each in branch.parameters() if each.dim() > 1]:
         noise = torch.randn(weight.shape, generator=generator).to(weight.device)

@@ -170,21 +170,21 @@ class RunFolder:
         """Write the run's configuration."""
         write_text(self.config_path, config.to_yaml())
 
-    def save_environment(self, device: torch.device, data: dict[str, Any]) -> None:
-        """Write the environment of a new run."""
-        now = environment(device)
+    def save_environment(self, device: torch.device, precision: str, data: dict[str, Any]) -> None:
+        """Write the environment of a new run, with the precision that "auto" has chosen."""
+        now = {**environment(device), "precision": precision}
         write_json(self.environment_path, {**now, "data": data, "sessions": [_session(now)]})
 
     def read_environment(self) -> dict[str, Any]:
         """The content of ``environment.json``, see ``read_json_object``."""
         return read_json_object(self.environment_path)
 
-    def add_session(self, device: torch.device) -> None:
+    def add_session(self, device: torch.device, precision: str) -> None:
         """Add the environment in which the run is resumed; that of its start stays."""
         start = self.read_environment()
         if not isinstance(sessions := start.get("sessions", []), list):
             start, sessions = {}, []
-        sessions = [*sessions, _session(environment(device))]
+        sessions = [*sessions, _session({**environment(device), "precision": precision})]
         write_json(self.environment_path, {**start, "sessions": sessions})
 
     def versions(self) -> dict[str, Any]:
@@ -273,7 +273,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def _session(now: dict[str, Any]) -> dict[str, Any]:
     """The entries that may differ when a run is resumed."""
-    names = ("started", "command", "commit", "fastokd", "torch", "device", "world_size")
+    names = (
+        *("started", "command", "commit", "fastokd", "torch", "device", "precision"),
+        "world_size",
+    )
     return {name: now[name] for name in names}
 
 

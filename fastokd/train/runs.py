@@ -20,6 +20,7 @@ from fastokd.train.config import (
     differences,
     fields_with_role,
     identity_fields,
+    load_config,
 )
 from fastokd.train.data import AnyDataset, loader_for, open_data, with_augmentation
 from fastokd.train.distributed import Ranks, choose_device, from_main
@@ -117,7 +118,7 @@ class LoadedRun:
     """A run's weights and images, ready for evaluation or export."""
 
     config: TrainConfig
-    """Of its networks: before ``teach_from`` that of ``before_teaching``."""
+    """Of the loaded networks: ``before_teaching(config)`` for checkpoints before ``teach_from``."""
     dataset: AnyDataset
     evaluator: BranchEvaluator
     loader: Loader
@@ -161,7 +162,7 @@ def load_run(
     dataset = with_augmentation(config, open_data(config, where, state["data"], progress))
     check_classes(str(path), state, dataset)
     criterion = None
-    if is_before_teaching(config, state):
+    if is_before_teaching(load_config(state["config"], str(file)), state):
         criterion, config = student_loss(config), before_teaching(config)
     model = build_model(config, len(dataset.classes), where)
     load_weights(model, state["model"], str(file))

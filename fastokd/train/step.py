@@ -19,14 +19,21 @@ from fastokd.methods.method import MethodBatch
 from fastokd.models import BranchedModel, BranchOutput
 from fastokd.models.layers import uncounted_batches
 from fastokd.ranks import sum_over_ranks
-from fastokd.train.cast_weights import CastWeights
+from fastokd.train.cast_weights import CastWeights, cast_parameters
 from fastokd.train.config import TrainConfig, build_loss
 from fastokd.train.distributed import Ranks, mean_buffers, parallel, share_of_batch, sum_counts
 from fastokd.train.ema import StudentAverage
 from fastokd.train.guard import FiniteGuard
 from fastokd.train.metrics import MetricSums, correct_counts
 from fastokd.train.optimizers import Optimizers, with_index
-from fastokd.train.precision import LossScale, allow_tf32, autocast, choose_precision, in_float32
+from fastokd.train.precision import (
+    LossScale,
+    allow_tf32,
+    autocast,
+    choose_precision,
+    image_dtype,
+    in_float32,
+)
 from fastokd.train.statistics import RunningStatistics
 from fastokd.train.step_options import choose_step_options
 from fastokd.train.streams import BranchStreams
@@ -312,15 +319,15 @@ class TrainStep(BranchEvaluator):
         """
         if self._cast_weights is None:
             try:
-                self._cast_weights = CastWeights(
-                    self.model, self.optimizers, images, self.precision
-                )
+                chosen = cast_parameters(self.model, images, self.precision)
             except Exception as error:  # a network's operators may raise anything
                 reason = f"the network does not run on fake tensors ({first_line(error)})"
                 if self.config.cast_once:
                     raise ConfigError(f"cast_once=True: {reason}; omit it") from error
                 self.options = dataclasses.replace(self.options, cast_once=False)
                 return
+            dtype = image_dtype(self.precision)
+            self._cast_weights = CastWeights(self.model, self.optimizers, chosen, dtype)
         self._cast_weights.update()
 
     def _forward_backward(self, batch: Batch) -> tuple[Tensor, Tensor]:

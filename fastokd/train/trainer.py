@@ -173,7 +173,9 @@ class Trainer:
         """Write the files that identify a new run."""
         if self.ranks.is_main:
             self.run_folder.save_config(self.config)
-            self.run_folder.save_environment(self.device, self.dataset.describe())
+            self.run_folder.save_environment(
+                self.device, self.step.precision, self.dataset.describe()
+            )
 
     def resume(self, state: dict[str, Any], allow_config_change: bool = False) -> None:
         """Continue from a checkpoint of this run.
@@ -195,7 +197,7 @@ class Trainer:
         check_same_phase(before, self.config, state, path)
         if self._is_alone and not is_before_teaching(self.config, state):
             self._build_step()
-            self._prepare_loss()
+            self._memory_note = self._prepare_loss()
         self.step.load_state_dict(state, path)
         self.epoch, self.done, self.seconds = state["epoch"], 0, state["seconds"]
         self.last, self.best, self.best_epoch = state["last"], state["best"], state["best_epoch"]
@@ -211,7 +213,7 @@ class Trainer:
             self.reporter.print(describe_extension(before, self.config, self.epoch))
         if self.ranks.is_main:
             self.run_folder.save_config(self.config)
-            self.run_folder.add_session(self.device)
+            self.run_folder.add_session(self.device, self.step.precision)
             self.run_folder.keep_metrics_before(self.epoch)
 
     def _restore_best(self) -> None:
@@ -335,11 +337,10 @@ class Trainer:
         gc.collect()
         torch.cuda.empty_cache()  # nothing without a GPU
         self._build_step(student=student)
-        self._prepare_loss()
-        self.reporter.info(
-            f"teaching starts in epoch {self.epoch + 1}; step: {self.step.options.describe()}"
-        )
-        self.reporter.info(describe_loss(self.step.criterion, self.config))
+        note = self._prepare_loss()
+        starts = f"teaching starts in epoch {self.epoch + 1}; step: {self.step.options.describe()}"
+        for line in filter(None, (starts, describe_loss(self.step.criterion, self.config), note)):
+            self.reporter.info(line)
         if self.store is not None:
             self.store.check_space(state_bytes(self._state(True, [])))
         if self.config.on_nonfinite == "rollback":

@@ -36,7 +36,7 @@ Gradients = Sequence[Any]
 
 
 class Launch(NamedTuple):
-    """A compiled kernel, its grid, and its last arguments, which are no tensors."""
+    """A compiled kernel, its grid, and its last arguments, which are not tensors."""
 
     kernel: CompiledKernel
     grid: tuple[int, int, int]

@@ -24,6 +24,7 @@ from fastokd.train.compute import (
     network_costs,
     scaled,
     student_alone,
+    total_training_flops,
     training_flops,
 )
 from fastokd.train.config import differences, fields_with_role
@@ -271,8 +272,10 @@ def _compute(group: Group, remarks: list[str]) -> Compute | None:
     except (CheckpointError, ConfigError, MissingExtra) as error:
         remarks.append(f"{group.label}: its training compute is not known: {error}")
         return None
-    trained = images and images - images % config.batch_size
-    return Compute(flops, 3 * flops * config.epochs * trained if trained else None, epochs)
+    total = None
+    if images:
+        total = total_training_flops(config, data["num_classes"], data["image_size"], images)
+    return Compute(flops, total, epochs)
 
 
 def _latencies(run: Run, remarks: list[str]) -> Latencies:
@@ -300,7 +303,7 @@ def _speed(group: Group) -> float | None:
 
 _SPEED_FIELDS = fields_with_role(Role.SPEED)
 """Fields that the throughput of a student alone depends on; ``streams`` is not one of them."""
-_MACHINE_FACTS = ("device", "platform", "cpus", "threads", "world_size")
+_MACHINE_FACTS = ("device", "precision", "platform", "cpus", "threads", "world_size")
 
 
 def _speed_key(group: Group) -> set[str]:
@@ -459,9 +462,9 @@ def _training_table(comparison: Comparison) -> Table:
             }
         )
     notes = [
-        "Training FLOPs: of the forward pass of one image through all trained networks, plus a"
-        " third of a frozen teacher's. Training compute: 3 times that (forward and backward), for"
-        " all images and planned epochs.",
+        "Training FLOPs: forward pass of one image through all trained networks plus a third of a"
+        " frozen teacher's, averaged over the epochs. Training compute: 3 times that (forward and"
+        " backward), for all images in full batches and all planned epochs.",
         "Training time: time per image, from the median images/s of the epochs, as a multiple of"
         " the same student trained alone; only if such runs are among these, on the same device"
         " with equal numbers of threads and processes and equal settings that affect speed. It"
