@@ -614,8 +614,13 @@ def test_damaged_config_file_is_refused(run, trained, tmp_path, content):
         mistake(run(*command), 2, r"config\.yaml")
 
 
-@pytest.mark.parametrize("command", [["recipes"], ["train", "--help"], ["doctor"]])
-def test_closed_output_ends_quietly(command):
+TRAIN = ["train", "--data", "digits", "--model", "resnet8", "--method", "baseline", "--epochs", "1"]
+
+
+@pytest.mark.parametrize("command", [["recipes"], ["train", "--help"], ["doctor"], TRAIN])
+def test_closed_output_ends_quietly(command, tmp_path):
+    if command is TRAIN:
+        command = [*command, "--batch-size", "256", "--out", str(tmp_path / "run")]
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from bench.accuracy.matrix import plan_matrix
+from bench.accuracy.matrix import plan_matrix, wanted_runs
 from bench.accuracy.presets import PRESETS
 from bench.gpu.results import ROOT
 from fastokd.errors import ConfigError, FastOKDError
@@ -53,8 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if per_device < 1:
             raise ConfigError(f"--per-device {per_device}: must be at least 1")
+        wanted_runs(preset, options.rows, options.seeds)  # images take minutes to prepare
         data = preset.images(options.data, runs / "images")
-        matrix = plan_matrix(preset, data, runs / "matrix", out, tuple(options.rows), options.seeds)
+        matrix = plan_matrix(preset, data, runs / "matrix", out, options.rows, options.seeds)
         if options.dry_run:
             matrix.check()
             print(matrix.results({}).as_text())

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -137,12 +137,28 @@ def _settings(config: TrainConfig) -> TrainConfig:
     return replace(config, **{name: getattr(defaults, name) for name in SAME_RUN})
 
 
+def wanted_runs(
+    preset: Preset, rows: Sequence[str] = (), seeds: int | None = None
+) -> tuple[tuple[str, int], ...]:
+    """The rows and seeds of a preset that are chosen, in its order; see ``plan_matrix``."""
+    for row in rows:
+        if row not in preset.rows:
+            raise ConfigError(f"unknown row '{row}' of {preset.name}: {', '.join(preset.rows)}")
+    if seeds is not None and seeds < 1:
+        raise ConfigError(f"--seeds {seeds}: must be at least 1")
+    return tuple(
+        (row, seed)
+        for row, seed in preset.runs
+        if (not rows or row in rows) and (seeds is None or seed < seeds)
+    )
+
+
 def plan_matrix(
     preset: Preset,
     data: Path,
     out: Path,
     file: Path,
-    rows: tuple[str, ...] = (),
+    rows: Sequence[str] = (),
     seeds: int | None = None,
 ) -> Matrix:
     """Plan the runs of a preset.
@@ -156,19 +172,10 @@ def plan_matrix(
         seeds: only seeds below this number.
 
     Raises:
-        ConfigError: an unknown row, or nothing is left to train.
+        ConfigError: an unknown row, or fewer than one seed.
         StorageError: a folder cannot be written.
     """
-    for row in rows:
-        if row not in preset.rows:
-            raise ConfigError(f"unknown row '{row}' of {preset.name}: {', '.join(preset.rows)}")
-    wanted = tuple(
-        (row, seed)
-        for row, seed in preset.runs
-        if (not rows or row in rows) and (seeds is None or seed < seeds)
-    )
-    if not wanted:
-        raise ConfigError(f"--seeds {seeds}: must be at least 1")
+    wanted = wanted_runs(preset, rows, seeds)
     where = str(data.absolute())
     configs = {row: replace(config, data=where) for row, config in preset.rows.items()}
     jobs = {}

@@ -14,7 +14,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from fastokd.train.config import OptionValue, TrainConfig, option_value
 from fastokd.train.fields import infos
-from fastokd.train.progress import Counter
+from fastokd.train.progress import Counter, OutputConsole
 
 T = TypeVar("T")
 Which = Literal["last", "best"]
@@ -154,14 +154,9 @@ def with_options(target: T) -> T:
     return target
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
-
-
 def console() -> Console:
     """The console for tables and lines; long lines are not wrapped."""
-    return _Console(highlight=False, soft_wrap=True)
+    return OutputConsole(highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
@@ -171,7 +166,7 @@ def say(text: str) -> None:
 
 def print_table(table: Table) -> None:
     """Print a table in the width of the terminal."""
-    _Console(highlight=False).print(table)
+    OutputConsole(highlight=False).print(table)
 
 
 def make_table(left: str, *right: str) -> Table:

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from fastokd.data import Dataset
 from fastokd.errors import ConfigError
@@ -18,7 +17,7 @@ from fastokd.export import check_same_logits, load_student, measure_accuracy
 from fastokd.storage import storage_error, write_json
 from fastokd.train.config import TrainConfig, check_config
 from fastokd.train.data import open_data
-from fastokd.train.progress import Reporter
+from fastokd.train.progress import OutputConsole, Reporter
 from fastokd.train.run_folder import RunFolder, read_json_object
 from fastokd.train.runs import load_run
 from fastokd.train.trainer import Trainer
@@ -61,7 +60,7 @@ def run_demo(out: Path, seeds: int, epochs: int, branches: int) -> None:
     # On 64 images of 8 x 8 pixels a second thread gains nothing, and on a busy machine the threads
     # wait for each other.
     torch.set_num_threads(1)
-    say = Console(highlight=False, soft_wrap=True, markup=False).print
+    say = OutputConsole(highlight=False, soft_wrap=True, markup=False).print
     dataset = open_data(demo_config("baseline", 0, epochs, branches), torch.device("cpu"))
     assert isinstance(dataset, Dataset)
     say(

@@ -38,12 +38,21 @@ WINDOW = 30.0
 __getattr__ = moved_names(__name__, {__name__: ("Pace=Throughput",)})
 
 
+class OutputConsole(Console):
+    """A console for standard output and error. If the reader is gone, as after ``| head``, it
+    raises ``BrokenPipeError``, where rich would end the process with exit code 1.
+    """
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 class Counter:
     """Progress over items: a bar on a terminal until all are done, plain lines elsewhere."""
 
     def __init__(self, title: str, console: Console | None = None) -> None:
         self._title = title
-        self._console = console or Console(file=sys.stderr, soft_wrap=True, highlight=False)
+        self._console = console or OutputConsole(file=sys.stderr, soft_wrap=True, highlight=False)
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=self._console, transient=True)
         self._task = self._progress.add_task(title)
@@ -195,7 +204,7 @@ class Reporter:
         silent: bool = False,
         console: Console | None = None,
     ) -> None:
-        stdout = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        stdout = OutputConsole(file=sys.stdout, soft_wrap=True, highlight=False)
         self.console = Console(quiet=True) if silent else console or stdout
         self._label = f"{label}: " if label else ""
         self._silent = silent
