@@ -424,7 +424,7 @@ def test_step_benchmark_resumes_within_part(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(Context, "minutes_left", minutes_left)
         assert main(arguments) == 0
-    assert "of its 10 rows are there" in capsys.readouterr().out
+    assert "of its 11 rows are there" in capsys.readouterr().out
     (ladder,) = read(tmp_path / "out", "step")["ladders"]
     before = [row for row in ladder["rows"] if row["reason"] != SPENT]
     assert ladder["partial"]
