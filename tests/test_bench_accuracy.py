@@ -333,7 +333,7 @@ def test_table_has_differences_at_equal_epochs_and_equal_compute(tmp_path):
     )
     assert "| alone, 40 epochs | 0 | 40 | 62.00 | 61.00 | - | 2.00 | - | - | 0.5 |" in text
     assert "20,000 train and 5,000 val images of 100 classes" in text
-    assert "Not trained yet: ahbf, code, one" in text
+    assert "Not trained yet: ahbf, code; one" in text
 
 
 def test_figure_joins_rows_that_differ_only_in_epochs(tmp_path):

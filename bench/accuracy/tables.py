@@ -175,7 +175,7 @@ def _difference(row: Row, reference: Row | None) -> str:
 
 def _missing(rows: Mapping[str, Row], planned: Mapping[str, Any]) -> str:
     names = [name for name in planned if name not in rows]
-    return f"Not trained yet: {', '.join(names)}." if names else ""
+    return f"Not trained yet: {'; '.join(names)}." if names else ""
 
 
 # --- the figure
