@@ -274,7 +274,7 @@ def test_identity_without_late_teaching_is_unchanged():
 def test_step_is_built_again_at_the_start_of_teaching(tmp_path, digits, monkeypatch):
     """All networks are compiled, and no captured graph of the student alone is left."""
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiled.append(module))
     trainer = make(dataclasses.replace(CONFIG, compile=True), tmp_path / "run", digits)
     alone, runner = trainer.model, trainer.runner
     assert compiled == [alone.trunk, alone.branches[0]]

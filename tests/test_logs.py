@@ -460,6 +460,7 @@ class TestEnvironment:
             "threads",
             "world_size",
             "device",
+            "precision",
             "data",
             "sessions",
         }

@@ -235,7 +235,7 @@ def test_describe_memory_reports_and_warns(images, monkeypatch):
 
 
 def test_value_dependent_network_has_no_estimate(images, monkeypatch):
-    real = fastokd.train.memory.create_model
+    real = fastokd.train.build.create_model
 
     def looking(*arguments, **options):
         model = real(*arguments, **options)
@@ -244,7 +244,7 @@ def test_value_dependent_network_has_no_estimate(images, monkeypatch):
         )
         return model
 
-    monkeypatch.setattr(fastokd.train.memory, "create_model", looking)
+    monkeypatch.setattr(fastokd.train.build, "create_model", looking)
     (line,) = describe_memory(SMALL, images, CPU)
     assert re.fullmatch(
         r"memory: the memory of a step cannot be estimated \(.+\); pass a number as --batch-size",

@@ -34,7 +34,7 @@ from fastokd.train.teacher import Teacher
 MAY_CHANGE = fields_with_role(Role.RESUME)
 """Fields that may change when a run is resumed; those that determine its results may not."""
 
-_RECORDED = ("aux_blocks", "compression", "teach_from", "seed", "epochs")
+_RECORDED = ("aux_blocks", "compression", "seed", "epochs")
 """Further fields in the record of a student."""
 
 
@@ -53,6 +53,7 @@ def provenance(config: TrainConfig, run: RunFolder, fingerprint: str | None) -> 
         "preset": config.preset,
         "branches": config.num_branches(),
         **{name: getattr(config, name) for name in _RECORDED},
+        **({"teach_from": config.teach_from} if config.teach_from else {}),
         **run.versions(),
     }
 
