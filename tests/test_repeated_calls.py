@@ -1,5 +1,5 @@
-"""A loss that is called again, with the same or with other arguments: nothing that it keeps from
-earlier calls may show.
+"""A loss that is called again, with the same or with other arguments: state that it caches from
+earlier calls must not change its results.
 """
 
 import copy
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastokd.losses import AHBFLoss
-from fastokd.ops.executors import executor_states
+from fastokd.ops.executors import executor_states, load
 
 STATE = executor_states()["cpu"]
 needs_cpu = pytest.mark.skipif(STATE is not None, reason=f"the cpu executor cannot run: {STATE}")
@@ -151,6 +151,27 @@ def test_training_after_inference_mode_works(impl: str) -> None:
     with torch.inference_mode():
         criterion(logits, target, scores=scores)
     assert_equal(run(criterion, batch()), run(AHBFLoss(3, impl=impl), batch()))
+
+
+@needs_cpu
+def test_gradients_are_computed_early_again_after_a_scaled_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    executor, early = load("cpu"), []
+    real = executor.forward_backward
+
+    def counted(*arguments: Any) -> Any:
+        early.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(executor, "forward_backward", counted)
+    criterion = AHBFLoss(3, temperature=2.5, impl="cpu")  # a plan that no other test uses
+    counts = []
+    for scale in (1.0, 0.5, 0.5, 1.0, 1.0):
+        run(criterion, batch(), scale)
+        counts.append(len(early))
+    # The second call was too early, the third and fourth were not early.
+    assert counts == [1, 2, 2, 2, 3]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))])

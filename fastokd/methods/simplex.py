@@ -43,9 +43,10 @@ def lowest_cross_entropy_weights(
     fused = count * num_classes <= _FUSED_LOGITS and is_plain((z, target))
     if fused and resolve(impl, None, Case(z.device.type, z.dtype)) == "triton":
         from fastokd.kernels.triton.simplex import launch_solver  # imports Triton
+        from fastokd.ops.triton import device_of
 
         weights = torch.empty(z.shape[:2], dtype=torch.float64, device=z.device)
-        with torch.cuda.device_of(z):  # type: ignore[no-untyped-call]
+        with device_of(z):
             launch_solver(z, target, weights, _STEPS, _STEP_LENGTHS, _FIRST_RANGE, _RIDGE)
         return weights
     z = z.double()

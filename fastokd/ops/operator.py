@@ -130,10 +130,10 @@ class _GraphFunction(torch.autograd.Function):
     ``torch.func`` cannot transform this form of a function, but it is called in a third of the
     time of ``_OperatorFunction``.
 
-    With ``mean``, which says that the mean of the rows will probably be differentiated, an
-    executor on the CPU computes the gradients in the forward pass, where it reads the logits only
-    once. The backward pass uses them if its incoming gradient is that of the mean. For a plan where
-    it is not, they are not computed again.
+    ``mean`` announces that the mean of the rows will probably be differentiated. An executor on the
+    CPU then computes the gradients in the forward pass, where it reads the logits only once. The
+    backward pass uses them if its incoming gradient is that of the mean. Otherwise later calls with
+    the same plan compute gradients in the backward pass only, until one receives that of the mean.
     """
 
     @staticmethod
@@ -149,11 +149,11 @@ class _GraphFunction(torch.autograd.Function):
         inputs, chosen = Inputs(*_split(plan, tensors), target, term_weights), load(executor)
         needs = ctx.needs_input_grad[5 : 5 + len(inputs.differentiable)]
         stats: Tensor | None = None
-        early = mean and any(needs) and getattr(chosen, "computes_early", False)
-        if early and plan not in _not_the_mean:
+        ctx.early = None
+        ctx.may_be_early = mean and any(needs) and getattr(chosen, "computes_early", False)
+        if ctx.may_be_early and plan not in _not_the_mean:
             rows, terms, ctx.early = chosen.forward_backward(plan, inputs, needs)
         else:
-            ctx.early = None
             rows, terms, stats = chosen.forward(plan, inputs)
         _save(ctx, (plan, executor, target, term_weights, *tensors), (rows, terms, stats))
         return rows, terms, stats
@@ -164,21 +164,21 @@ class _GraphFunction(torch.autograd.Function):
 
 
 _not_the_mean: set[Plan] = set()
-"""Plans for which gradients were computed early and not used."""
+"""Plans whose last incoming gradient was not that of the mean."""
 
 
 def _early_gradients(ctx: Any, grad_rows: Tensor) -> Gradients | None:
     """The gradients from the forward pass if ``grad_rows`` is the gradient of the mean, once."""
-    early: Gradients | None = getattr(ctx, "early", None)
-    if early is None:
-        return None
-    ctx.early = None
     batch = len(grad_rows)
-    of_mean = torch.full((), 1 / max(batch, 1), dtype=grad_rows.dtype)
-    if batch and grad_rows.stride(0) == 0 and bool(grad_rows[0] == of_mean):
+    if not batch or not getattr(ctx, "may_be_early", False):
+        return None
+    early: Gradients | None
+    early, ctx.early = ctx.early, None
+    of_mean = torch.full((), 1 / batch, dtype=grad_rows.dtype)
+    if grad_rows.stride(0) == 0 and bool(grad_rows[0] == of_mean):
+        _not_the_mean.discard(ctx.plan)
         return early
-    if batch:
-        _not_the_mean.add(ctx.plan)
+    _not_the_mean.add(ctx.plan)
     return None
 
 

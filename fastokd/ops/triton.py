@@ -34,8 +34,7 @@ class TritonExecutor:
     def unsupported_reason(self, plan: Plan | None, case: Case) -> str | None:
         if case.device != "cuda" and not (INTERPRETED and case.device == "cpu"):
             return f"it runs on CUDA devices, and the logits are on '{case.device}'"
-        initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        if case.device == "cuda" and not initialized and not torch.cuda.is_available():
+        if case.device == "cuda" and not _has_cuda():
             return "this machine has no CUDA device"
         if case.dtype not in _DTYPES:
             return f"it has no arithmetic for {case.dtype}"
@@ -61,7 +60,7 @@ class TritonExecutor:
         # [num_stats, B] by contract; the kernels write it row after row, and only they read it.
         stats = rows.new_empty((spec.num_stats, batch))
         if batch:
-            with _device_of(inputs):
+            with device_of(inputs.logits[0]):
                 launch.forward(spec, inputs, rows, terms, stats)
         return rows, terms, stats
 
@@ -70,7 +69,7 @@ class TritonExecutor:
     ) -> Gradients:
         grads = _gradients(inputs, needs)
         if inputs.logits[0].shape[0] and any(needs):
-            with _device_of(inputs):
+            with device_of(inputs.logits[0]):
                 launch.backward(specialize(plan), inputs, grads, grad_rows, stats, needs)
         return grads
 
@@ -80,16 +79,22 @@ class TritonExecutor:
         spec, grads = specialize(plan), _gradients(inputs, needs)
         rows, terms = _outputs(spec, inputs)
         if inputs.logits[0].shape[0]:
-            with _device_of(inputs):
+            with device_of(inputs.logits[0]):
                 launch.forward_backward(spec, inputs, grads, rows, terms, needs)
         return rows, terms, grads
 
 
-def _device_of(inputs: Inputs) -> AbstractContextManager[None]:
-    """Context in which the device of the inputs is current. It does nothing if it already is,
-    because entering ``torch.cuda.device`` is slow.
+def _has_cuda() -> bool:
+    # The first question is the faster one, and usually answers the second.
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch has no types
+    return initialized or torch.cuda.is_available()
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Context in which the tensor's device is current. It does nothing if it already is, because
+    entering ``torch.cuda.device`` is slow.
     """
-    index = inputs.logits[0].get_device()
+    index = tensor.get_device()
     if index < 0 or index == torch.cuda.current_device():  # -1 for the interpreter's tensors
         return nullcontext()
     device: AbstractContextManager[None] = torch.cuda.device(index)
