@@ -329,7 +329,7 @@ def test_table_has_differences_at_equal_epochs_and_equal_compute(tmp_path):
     equal = ttest_rel([63.0, 65.0], [60.0, 61.0]).pvalue
     assert (
         "| ahbf, paper | 0, 1, 2 | 20 | 63.50 +- 1.32 | 62.50 +- 1.32 | 62.00 +- 0.00 | 4.00 |"
-        f" -1.50 +- 0.50 (n=3, p={p:.2g}) | +3.50 +- 0.71 (n=2, p={equal:.2g}) | 0.5 |" in text
+        f" -1.50 +- 0.50 (n=3), p {p:.3g} | +3.50 +- 0.71 (n=2), p {equal:.3g} | 0.5 |" in text
     )
     assert "| alone, 40 epochs | 0 | 40 | 62.00 | 61.00 | - | 2.00 | - | - | 0.5 |" in text
     assert "20,000 train and 5,000 val images of 100 classes" in text

@@ -17,7 +17,7 @@ from fastokd.experiments.analysis.tables import Table, spread
 from fastokd.experiments.sweep.plan import Plan, Record, Results, plan_runs
 from fastokd.experiments.sweep.queue import Job
 from fastokd.storage import write_json
-from fastokd.train.compute import total_training_flops
+from fastokd.train.compute import total_training_flops, training_flops
 from fastokd.train.config import TrainConfig, config_from_mapping, differences
 from fastokd.train.run_folder import read_json_object
 
@@ -34,7 +34,8 @@ def measured(run: Run) -> Entry:
         ``flops`` of training, and versions and machine.
     """
     environment, speeds = run.environment, [each["images_per_second"] for each in run.records]
-    names = ("fastokd", "commit", "python", "torch", "device", "platform", "cpus", "threads")
+    versions = ("fastokd", "commit", "python", "torch")
+    machine = ("device", "precision", "platform", "cpus", "threads")
     return {
         "epochs": run.config.epochs,
         "student": run.student,
@@ -44,15 +45,15 @@ def measured(run: Run) -> Entry:
         "seconds": round(run.seconds, 1),
         "images_per_second": round(statistics.median(speeds), 1),
         "flops": _total_flops(run),
-        "environment": {name: environment.get(name) for name in names},
+        "environment": {name: environment.get(name) for name in (*versions, *machine)},
     }
 
 
 def _total_flops(run: Run) -> int:
     """``total_training_flops`` of a run."""
     data = run.data
-    images = data["num_images"]["train"]
-    return round(total_training_flops(run.config, data["num_classes"], data["image_size"], images))
+    flops = training_flops(run.config, data["num_classes"], data["image_size"])
+    return round(total_training_flops(run.config, flops, data["num_images"]["train"]))
 
 
 @dataclass(frozen=True, kw_only=True)

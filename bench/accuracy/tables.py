@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 
 from bench.accuracy.presets import ALONE, PRESETS
 from bench.gpu.results import ROOT
+from fastokd.experiments.analysis.compare import difference_cells, paired_test
 from fastokd.experiments.analysis.figures import require_matplotlib, save_svg
 from fastokd.experiments.analysis.tables import markdown_table, spread
 
 EQUAL = 0.1
-"""The largest relative difference of training compute that counts as equal."""
+"""The largest relative difference of training compute that counts as equal; more than in ``fastokd
+compare``, because the students alone are trained with a few numbers of epochs.
+"""
 
 
 class Row(NamedTuple):
@@ -20,7 +23,7 @@ class Row(NamedTuple):
 
     Attributes:
         name: of the row.
-        settings: its configuration, without defaults.
+        settings: its configuration.
         errors: of the student after the last epoch in %, by seed.
         best: the same after the student's best epoch.
         ensemble: the same of the ensemble after the last epoch; empty without one.
@@ -161,16 +164,9 @@ def _is_alone(row: Row, epochs: int | None = None) -> bool:
 
 def _difference(row: Row, reference: Row | None) -> str:
     """The mean difference of the errors over shared seeds, with n and p."""
-    if reference is None:
-        return "-"
-    seeds = [seed for seed in row.errors if seed in reference.errors]
-    differences = [row.errors[seed] - reference.errors[seed] for seed in seeds]
-    text = f"{spread(differences, '+')} (n={len(seeds)}"
-    if len(seeds) < 2 or len(set(differences)) < 2:
-        return f"{text})" if seeds else "-"
-    from scipy.stats import ttest_1samp
-
-    return f"{text}, p={ttest_1samp(differences, 0).pvalue:.2g})"
+    test = paired_test(row.errors, reference.errors) if reference else None
+    difference, p = difference_cells(test, False)
+    return difference if p == "-" else f"{difference}, p {p}"
 
 
 def _missing(rows: Mapping[str, Row], planned: Mapping[str, Any]) -> str:

@@ -94,16 +94,14 @@ def training_flops(config: TrainConfig, num_classes: int, image_size: Sequence[i
     return total / config.epochs
 
 
-def total_training_flops(
-    config: TrainConfig, num_classes: int, image_size: Sequence[int], num_images: int
-) -> float:
-    """The FLOPs of a run: three times ``training_flops`` for every image of all epochs.
+def total_training_flops(config: TrainConfig, flops: float, num_images: int) -> float:
+    """The FLOPs of a run: three times ``flops`` for every image of all epochs.
 
     Args:
+        flops: ``training_flops`` of the configuration.
         num_images: training images; those of an epoch that do not fill a batch are not trained on.
     """
-    trained = num_images - num_images % config.batch_size
-    return 3 * training_flops(config, num_classes, image_size) * config.epochs * trained
+    return 3 * flops * config.epochs * (num_images - num_images % config.batch_size)
 
 
 def kept_branch(config: TrainConfig) -> int:

@@ -1,7 +1,7 @@
 """Comparison of runs: errors over seeds, costs of the students, and costs of training."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ from fastokd.train.fields import Role
 
 class PairedTest(NamedTuple):
     """Student's paired t-test of a group's errors against another's: the differences in percentage
-    points for each shared seed, the two-sided p-value, or the reason why one of both is missing.
+    points for each shared seed, the two-sided p-value, and the reason if one of them is missing.
     """
 
     differences: tuple[float, ...]
@@ -202,7 +202,7 @@ def _equal_epochs(group: Group, groups: Sequence[Group]) -> Reference:
     if group.progress != other.progress:
         reason = f"{group.progress} epochs are finished, of the reference {other.progress}"
         return Reference(other, PairedTest((), None, reason))
-    return Reference(other, paired_test(group.counted, other.counted))
+    return Reference(other, _test(group, other))
 
 
 def _equal_compute(
@@ -227,7 +227,7 @@ def _equal_compute(
         if tested.counted[0].epochs < tested.config.epochs:
             reason = f"{tested.progress} epochs of {tested.label} are finished"
             return Reference(other, PairedTest((), None, reason))
-    return Reference(other, paired_test(group.counted, other.counted))
+    return Reference(other, _test(group, other))
 
 
 def _num_differences(group: Group, alone: Group) -> int:
@@ -237,12 +237,19 @@ def _num_differences(group: Group, alone: Group) -> int:
     return len(differences(wanted, replace(student_alone(alone.config), **repeat)))
 
 
-def paired_test(runs: Sequence[Run], others: Sequence[Run]) -> PairedTest:
-    """Test the students' last errors over the shared seeds, with ``scipy.stats.ttest_rel``."""
-    errors = {run.config.seed: run.error() for run in runs}
-    other_errors = {run.config.seed: run.error() for run in others}
-    seeds = [seed for seed in errors if seed in other_errors]
-    differences = tuple(errors[seed] - other_errors[seed] for seed in seeds)
+def _test(group: Group, other: Group) -> PairedTest:
+    return paired_test(last_errors(group.counted), last_errors(other.counted))
+
+
+def last_errors(runs: Sequence[Run]) -> dict[int, float]:
+    """The students' errors in % in the last epoch, by seed."""
+    return {run.config.seed: run.error() for run in runs}
+
+
+def paired_test(errors: Mapping[int, float], others: Mapping[int, float]) -> PairedTest:
+    """Test errors by seed over the shared seeds, with ``scipy.stats.ttest_rel``."""
+    seeds = [seed for seed in errors if seed in others]
+    differences = tuple(errors[seed] - others[seed] for seed in seeds)
     if len(seeds) < 2:
         return PairedTest(differences, None, "needs 2 shared seeds" if seeds else "no shared seed")
     if max(differences) - min(differences) < 1e-9:
@@ -251,7 +258,7 @@ def paired_test(runs: Sequence[Run], others: Sequence[Run]) -> PairedTest:
         from scipy.stats import ttest_rel
     except ImportError:
         return PairedTest(differences, None, "needs scipy: pip install 'fastokd[plots]'")
-    result = ttest_rel([errors[seed] for seed in seeds], [other_errors[seed] for seed in seeds])
+    result = ttest_rel([errors[seed] for seed in seeds], [others[seed] for seed in seeds])
     return PairedTest(differences, float(result.pvalue))
 
 
@@ -272,10 +279,7 @@ def _compute(group: Group, remarks: list[str]) -> Compute | None:
     except (CheckpointError, ConfigError, MissingExtra) as error:
         remarks.append(f"{group.label}: its training compute is not known: {error}")
         return None
-    total = None
-    if images:
-        total = total_training_flops(config, data["num_classes"], data["image_size"], images)
-    return Compute(flops, total, epochs)
+    return Compute(flops, total_training_flops(config, flops, images) if images else None, epochs)
 
 
 def _latencies(run: Run, remarks: list[str]) -> Latencies:

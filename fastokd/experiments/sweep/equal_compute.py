@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastokd.errors import ConfigError
-from fastokd.experiments.analysis.compare import difference_cells, paired_test
+from fastokd.experiments.analysis.compare import difference_cells, last_errors, paired_test
 from fastokd.experiments.analysis.runs import config_differences, value_in_words
 from fastokd.experiments.analysis.tables import Table, spread
 from fastokd.experiments.sweep.plan import Plan, Record, plan_runs
@@ -67,7 +67,8 @@ def equal_compute_table(
     rows = []
     for name, row in plan.alone.items():
         taught, alone = measured[name], measured[row]
-        difference, p = difference_cells(paired_test(taught.runs, alone.runs), False)
+        test = paired_test(last_errors(taught.runs), last_errors(alone.runs))
+        difference, p = difference_cells(test, False)
         rows.append(
             {
                 "taught": labels[name],
@@ -94,7 +95,7 @@ def equal_compute_record(plan: Plan, measured: Mapping[str, Measured]) -> Record
     """The comparison of each taught row with its student alone, as JSON has it."""
     record: dict[str, dict[str, Any]] = {}
     for name, row in plan.alone.items():
-        test = paired_test(measured[name].runs, measured[row].runs)
+        test = paired_test(last_errors(measured[name].runs), last_errors(measured[row].runs))
         record[name] = {
             "alone": row,
             "epochs": plan.jobs[row][0].config.epochs,
