@@ -273,11 +273,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def _session(now: dict[str, Any]) -> dict[str, Any]:
     """The entries that may differ when a run is resumed."""
-    names = (
-        *("started", "command", "commit", "fastokd", "torch", "device", "precision"),
-        "world_size",
-    )
-    return {name: now[name] for name in names}
+    names = ["started", "command", "commit", "fastokd", "torch", "device", "precision"]
+    return {name: now[name] for name in [*names, "world_size"]}
 
 
 def _version(*packages: str) -> str | None:
