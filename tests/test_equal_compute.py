@@ -339,6 +339,15 @@ def test_reference_has_same_settings_if_possible(runs, capsys):
     assert row["equal_compute_reference"] == "resnet8 baseline, epochs 6, lr 0.2"
 
 
+def test_other_settings_of_the_reference_are_named(runs, capsys):
+    taught = give(runs, "ahbf", "ahbf", TAUGHT, 2, lr=0.2)
+    alone = give(runs, "a", "baseline", EQUAL_EPOCHS, 2, lr=0.1)
+    note = "Other settings of resnet8 ahbf and resnet8 baseline differ, too: lr: 0.2, 0.1."
+    assert note in compared(capsys, [*taught, *alone])
+    same = give(runs, "b", "baseline", EQUAL_EPOCHS, 2, lr=0.2)
+    assert "Other settings" not in compared(capsys, [*taught, *same])
+
+
 def test_unfinished_reference_is_not_tested(runs, capsys):
     paths = three_groups(runs)
     for path in paths:

@@ -471,6 +471,7 @@ def test_compare_weighs_both_phases(straight):
     for record in (records := straight.run_folder.read_metrics()):
         record["images_per_second"] = 300.0 if record["epoch"] < 2 else 100.0
     group = read_runs([straight.run_folder.path])[0]
+    assert group.label == "resnet8 ahbf, teach_from 0.5"
     run = dataclasses.replace(group.runs[0], records=tuple(records))
     row = compare([dataclasses.replace(group, runs=(run,))], latency=False).rows[0]
     assert row.images_per_second == pytest.approx(4 / (2 / 300 + 2 / 100))

@@ -196,7 +196,9 @@ def _equal_epochs(group: Group, groups: Sequence[Group]) -> Reference:
         run = f"run of {alone[0].label.partition(',')[0]} with {group.config.epochs} epochs"
         return Reference(None, PairedTest((), None, f"there is no {run}"))
     taught = group.config.method != ALONE
-    other = min(equal, key=lambda each: _num_differences(group, each)) if taught else equal[0]
+    other = (
+        min(equal, key=lambda each: len(_setting_differences(group, each))) if taught else equal[0]
+    )
     if other is group:
         return Reference()
     if group.progress != other.progress:
@@ -219,7 +221,8 @@ def _equal_compute(
         if other.config.method == ALONE and other.network == group.network and each and each.total:
             distance = abs(each.total / compute.total - 1)
             if distance <= tolerance:
-                candidates.append((_num_differences(group, other), distance, other))
+                different = len(_setting_differences(group, other))
+                candidates.append((different, distance, other))
     if not candidates:
         return Reference()
     _, _, other = min(candidates, key=lambda candidate: candidate[:2])
@@ -230,11 +233,13 @@ def _equal_compute(
     return Reference(other, _test(group, other))
 
 
-def _num_differences(group: Group, alone: Group) -> int:
-    """The number of settings, other than the method's and the epochs, that differ."""
+def _setting_differences(group: Group, alone: Group) -> list[str]:
+    """The settings, other than the method's and the epochs, that differ, each as "name: value,
+    value".
+    """
     repeat = {name: getattr(group.config, name) for name in SAME_RUN}
     wanted = scaled(student_alone(group.config), alone.config.epochs)
-    return len(differences(wanted, replace(student_alone(alone.config), **repeat)))
+    return differences(wanted, replace(student_alone(alone.config), **repeat))
 
 
 def _test(group: Group, other: Group) -> PairedTest:
@@ -355,6 +360,7 @@ def _difference_table(comparison: Comparison) -> Table:
     rows = []
     names: dict[tuple[str, str], list[str]] = {}  # the groups that are tested against each
     missing: dict[str, list[str]] = {}  # the groups without a value, for a reason
+    mixed: list[str] = []
     for row in comparison.rows:
         cells = [row.group.label]
         for kind in ("equal_epochs", "equal_compute"):
@@ -364,6 +370,9 @@ def _difference_table(comparison: Comparison) -> Table:
             where = kind.replace("_", " ")
             if reference.group is not None:
                 names.setdefault((where, reference.group.label), []).append(row.group.label)
+                if different := _setting_differences(row.group, reference.group):
+                    pair = f"{row.group.label} and {reference.group.label}"
+                    mixed.append(f"Other settings of {pair} differ, too: {'; '.join(different)}.")
             if reference.test is not None and reference.test.p is None:
                 value = "p" if reference.test.differences else "difference"
                 reason = f"No {value} at {where} for {{}}: {reference.test.reason}."
@@ -381,6 +390,7 @@ def _difference_table(comparison: Comparison) -> Table:
             f"The reference at {where} of {'; '.join(each)} is {name}."
             for (where, name), each in names.items()
         ),
+        *dict.fromkeys(mixed),
         *(reason.format("; ".join(each)) for reason, each in missing.items()),
     ]
     head = ("runs", "difference, equal epochs", "p", "difference, equal compute", "p")

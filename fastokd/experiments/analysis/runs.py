@@ -249,7 +249,9 @@ def _label(config: TrainConfig, configs: Sequence[TrainConfig]) -> str:
     if config.method == ALONE:  # without unused settings of branches, unless only these differ
         alone = [student_alone(other) for other in same]
         same = alone if all(alone.count(each) == 1 for each in alone) else same
-    fields = config_differences(same)
+    fields = dict.fromkeys(config_differences(same))
+    if config.teach_from:  # whose cost is not that of the method
+        fields["teach_from"] = None
     values = [f"{field} {value_in_words(getattr(config, field))}" for field in fields]
     return ", ".join([name, *values])
 
