@@ -376,8 +376,8 @@ class Subject:
         """The error that an executor may have beyond twice PyTorch's.
 
         Roundings of the arithmetic's dtype, at the size of the values whose sums and differences
-        the result is; for a gradient also one of its own dtype. Triton's kernels add in another
-        order than PyTorch, and keep the bound that they were measured with on a GPU.
+        the result is; for a gradient also one of the gradient's dtype. Triton's kernels add in
+        another order than PyTorch, and keep the bound that they were measured with on a GPU.
         """
         truth = truths[number]
         assert truth is not None
@@ -858,7 +858,7 @@ def term_weight_gradient(on: Subject) -> None:
 
 @check
 def operator_registration(on: Subject) -> None:
-    """The operator behaves as it is registered."""
+    """The operator behaves as its registration declares."""
     inputs = on.make("shared weights", (3, 10))
     detached = mapped(inputs, lambda tensor: tensor)
     for leaf in detached.leaves():

@@ -191,7 +191,7 @@ def found(trainer: Trainer) -> dict[str, Any]:
 
 
 def run(name: str, folder: Path) -> dict[str, Any]:
-    """One of ``CONFIGS``, as it is or, as NAME@STEP, stopped there in the second epoch and
+    """One of ``CONFIGS``, without a stop or, as NAME@STEP, stopped there in the second epoch and
     continued; -1 is in the evaluation.
     """
     name, _, at = name.partition("@")

@@ -369,7 +369,7 @@ GRAPH_CALLS = {
         ValueError,
         ["externals['memory2']", "meta"],
     ),
-    "misspelt external beside a good one": (
+    "misspelt external next to a good one": (
         kd_graph(teacher_rows="probabilities"),
         {"externals": {"teachers": torch.zeros(4, 5)}},
         ValueError,

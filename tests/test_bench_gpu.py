@@ -1,5 +1,5 @@
-"""The GPU entry: its dry run goes through the code of every part, a later call goes on where one
-was ended, and what is wrong is said.
+"""The GPU entry: its dry run goes through the code of every part, a later call continues an
+ended one, and mistakes are reported.
 """
 
 import dataclasses
@@ -774,7 +774,7 @@ def test_large_image_benchmark_has_suitable_network():
 
 
 def test_gpu_tests_use_gpu_mark():
-    """Those that are skipped without a GPU bear the mark by which the entry finds them."""
+    """Tests that are skipped without a GPU have the mark by which the entry finds them."""
     by_hand = "skipif(" + "not torch.cuda.is_available()"
     assert not [
         file.name for file in Path(__file__).parent.glob("test_*.py") if by_hand in file.read_text()

@@ -504,7 +504,7 @@ def noise_tree(root, brightness, count=12, size=16):
 
 
 def test_other_data_uses_preprocessing_of_run(run, tmp_path):
-    # The same validation images beside darker training images: nothing about the student may
+    # The same validation images next to darker training images: nothing about the student may
     # change.
     here, there = noise_tree(tmp_path / "a", 1.0), noise_tree(tmp_path / "b", 0.2)
     folder = tmp_path / "run"

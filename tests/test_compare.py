@@ -528,7 +528,7 @@ def test_best_epoch_unlike_summary_is_reported(runs, capsys):
     change_config(run, epochs=9)
     change_json(
         run / "summary.json", lambda found: found.update(epochs=1)
-    )  # the run went on, and has not ended since
+    )  # the run was resumed, and has not ended since
     assert "summary.json" not in said(capsys, run)
     (run / "summary.json").write_text("[")
     assert "summary.json" not in said(capsys, run)

@@ -80,7 +80,7 @@ def test_aot_eager_equals_eager(impl: str) -> None:
 
 def test_other_batches_and_class_counts() -> None:
     """A ragged last batch, a single row, another number of classes: shapes that become dynamic, or
-    compile anew.
+    are compiled again.
     """
     criterion = AHBFLoss.preset("code", 3, impl=OPAQUE)
     compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)

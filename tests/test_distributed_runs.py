@@ -154,7 +154,7 @@ def test_loss_memory_covers_all_images(folder):
     ("name", "images"), [("plain", (256, 99)), ("average", (256, 99)), ("tiny", (64, 2))]
 )
 def test_metrics_equal_one_process_over_all_images(folder, name, images, monkeypatch):
-    """99 images over two processes, and 2 over three, of which one has none."""
+    """99 images over two processes, and 2 over three, one of which has no image."""
     monkeypatch.setattr("fastokd.train.runs.open_data", lambda *_: rank_runs.dataset(*images))
     run = load_run(folder / name)
     measured = run.evaluator.measure(run.loader)
@@ -174,7 +174,7 @@ def test_random_layers_differ_between_processes(folder):
     [("plain@3", 5), ("average@3", 5), ("plain@-1", 8), ("late@3", 5), ("later@-1", 8)],
 )
 def test_signal_to_one_process_stops_all_and_resumes(folder, name, place):
-    """The signal comes after the third step's exchange: it is said after the fourth and followed
+    """The signal comes after the third step's exchange: it is exchanged after the fourth and obeyed
     after the fifth. Eight are all. The run "late" teaches from the second epoch, "later" from the
     third.
     """

@@ -124,8 +124,8 @@ def images():
 
 
 def trained_logits(folder, images, branch=0):
-    """What the branched network of the checkpoint says. Weights in channels-last order would be
-    rounded otherwise.
+    """The logits of the checkpoint's branched network. With weights in channels-last order they
+    would be rounded differently.
     """
     model = load_run(folder, device="cpu").evaluator.model.to(memory_format=torch.contiguous_format)
     with torch.no_grad():
@@ -152,8 +152,8 @@ def read_metadata(path):
 
 
 def stock_network(path):
-    """A file as a function, loaded by the library it is for; a state dict into a network of its own
-    making.
+    """A file as a function, loaded by the library it is for; a state dict into a network that
+    the library creates.
     """
     if path.suffix == ".onnx":
         import onnxruntime
@@ -481,7 +481,7 @@ def test_export_finds_library_peer_by_name(tmp_path, capsys):
     ] == {"name": "torchvision:shufflenet_v2_x0_5", "num_classes": 10}
     (
         folder / "checkpoints" / "last.pt"
-    ).unlink()  # that the other has no such network is said before anything is read
+    ).unlink()  # a missing network is reported before anything is read
     mistake(
         call(capsys, "export", folder, "--to", "torchvision"),
         2,
@@ -1108,8 +1108,8 @@ def test_archive_names_differing_in_case_are_refused(run, tmp_path, capsys, firs
 
 
 def test_pytorch_reads_only_checked_archive_content(run, tmp_path, capsys, monkeypatch):
-    """What Python's reader skips and another might not, such as bytes before the archive, does not
-    get to PyTorch.
+    """Content that Python's reader skips and another might not, such as bytes before the archive,
+    does not reach PyTorch.
     """
     (tmp_path / "student.pt2").write_bytes(b"before" + file_of(run, "torch-export").read_bytes())
     given, load = [], torch.export.load

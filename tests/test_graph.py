@@ -1,4 +1,4 @@
-"""The graph room: what may be said, how it is lowered, how it is drawn."""
+"""The distillation graph: valid nodes and terms, lowering, drawings."""
 
 import pickle
 import subprocess

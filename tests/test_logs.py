@@ -199,7 +199,7 @@ class TestTensorBoard:
 
 
 class TestFailures:
-    """A sink that fails says so once; the others and the run go on."""
+    """A failing sink is reported once; the other sinks and the run continue."""
 
     @pytest.fixture(autouse=True)
     def installed(self):

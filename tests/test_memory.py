@@ -1,5 +1,5 @@
 """The memory estimate against what torch's allocator really holds, the batch size that is chosen by
-it, and what is said when it does not fit.
+it, and the messages when nothing fits.
 """
 
 import dataclasses
@@ -42,8 +42,8 @@ TRAIN = [
     "1",
 ]
 TOLERANCE = 0.15
-"""Of the peak of a pass: convolutions of the CPU's library take some room of their own, which no
-shape says.
+"""Of the peak of a pass: convolutions of the CPU's library allocate scratch memory that does not
+follow from the shapes.
 """
 
 

@@ -1,4 +1,4 @@
-"""The methods as they are trained: their networks, one step on every kind of network, a run with
+"""Training with every method: their networks, one step on every kind of network, a run with
 its resume, the frozen teacher.
 """
 
@@ -140,7 +140,7 @@ METHODS = {
 }
 
 
-# Every method on the smallest network; on the others the methods with modules of their own for maps
+# Every method on the smallest network; on the others the methods with separate modules for maps
 # and scores. The other pairs are in the grid.
 @pytest.mark.parametrize(
     ("name", "network"),

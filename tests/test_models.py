@@ -1,5 +1,5 @@
 """The networks: their size to the last parameter, their shapes, their gradients, and the student
-they hand over.
+they export.
 """
 
 import copy

@@ -19,7 +19,7 @@ HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """A clock that a test advances."""
 
     def __init__(self):
         self.now = 1000.0
@@ -162,7 +162,7 @@ def live_reporter(width=100, height=40, **options):
 
 
 def last_line(reporter):
-    """The bar as it is now, without the control codes around it."""
+    """The current state of the bar, without control codes."""
     return re.split(r"\r|\n|\x1b\[[?\d]*[a-zA-Z]", reporter.console.file.getvalue())[-1].rstrip()
 
 

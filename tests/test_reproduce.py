@@ -1,5 +1,5 @@
-"""A published table is run as it is, and what was measured stands beside it with everything that
-differs.
+"""A published table is run with its own settings, and the results are shown next to its numbers
+with every known difference.
 """
 
 import json
@@ -212,7 +212,7 @@ def test_reproduced_table_lists_published_and_measured(fake, tmp_path, capsys):
     assert rows["cifar10-resnet32-ahbf"]["published"]["error"] == 5.32
     assert rows["cifar10-vgg16-ahbf"]["last_error_mean"] is None
     assert rows["cifar10-vgg16-ahbf"]["runs"] == {}
-    # Other rows come beside these; a table in other settings does not.
+    # Other rows are added to these; a table in other settings does not.
     assert (
         reproduce(
             out,

@@ -1,4 +1,4 @@
-"""The training step: the same training however it is run, no host reads, and what is not finite."""
+"""The training step: equal results with every option, no host reads, non-finite values."""
 
 import copy
 import dataclasses

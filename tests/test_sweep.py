@@ -1,6 +1,4 @@
-"""A sweep trains every point of a grid, goes on where it was, and puts the errors beside the
-paper's.
-"""
+"""A sweep trains every point of a grid, resumes after an interruption, and tabulates the errors."""
 
 import csv
 import io
@@ -55,7 +53,7 @@ def events(root: Path) -> list[dict]:
 
 
 def wait_for_events(root: Path, count: int) -> None:
-    """Wait until the runs have written so many events, at most a minute."""
+    """Wait until the runs have written that many events, at most a minute."""
     deadline = time.monotonic() + 60
     while (
         not (root / "events.txt").is_file() or len(events(root)) < count
@@ -634,7 +632,7 @@ def test_sweep_waits_for_runs_of_killed_sweep(fake, tmp_path, capsys):
     deadline = time.monotonic() + 60
     while (
         code := sweep(out, *grid)
-    ) == 2 and time.monotonic() < deadline:  # its process ends shortly after it says so
+    ) == 2 and time.monotonic() < deadline:  # its process ends shortly after its last message
         time.sleep(0.05)
     assert code == 0
     assert "aux_blocks-0-seed0: resumes after 1 of 2 epochs" in capsys.readouterr().out
@@ -908,7 +906,7 @@ def test_sweep_into_folder_of_other_grid_is_refused(fake, tmp_path, capsys):
     (tmp_path / "events.txt").unlink()
     assert (
         sweep(out, *base, "--set", "aux_blocks=0,1,2", "--seeds", "3") == 0
-    )  # a larger one goes on
+    )  # a larger grid continues
     assert sorted(each["run"] for each in events(tmp_path) if each["what"] == "begins") == [
         "aux_blocks-0-seed2",
         "aux_blocks-1-seed2",
