@@ -16,8 +16,9 @@ from fastokd.methods.method import MethodBatch
 from fastokd.models import create_student
 from fastokd.train.build import build_model
 from fastokd.train.checkpoint import load_checkpoint
-from fastokd.train.config import TrainConfig, check_config
+from fastokd.train.config import TrainConfig
 from fastokd.train.progress import Reporter
+from fastokd.train.rules import check_config
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.step import TrainStep
 from fastokd.train.trainer import Trainer

@@ -21,8 +21,9 @@ from fastokd.errors import ConfigError
 from fastokd.experiments.analysis.figures import shows
 from fastokd.experiments.analysis.runs import Run, read_run
 from fastokd.models import create_model
-from fastokd.train.config import TrainConfig, check_config
+from fastokd.train.config import TrainConfig
 from fastokd.train.progress import Reporter
+from fastokd.train.rules import check_config
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.session import begin_run
 

@@ -14,7 +14,7 @@ from fastokd.data import open_dataset
 from fastokd.errors import ConfigError
 from fastokd.methods import get_method, list_methods
 from fastokd.models import create_model
-from fastokd.train.config import check_config
+from fastokd.train.rules import check_config
 
 
 def test_comparison_resumes_and_restarts_on_other_settings(tmp_path, capsys, monkeypatch):

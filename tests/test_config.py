@@ -13,13 +13,13 @@ from fastokd.data.files import BAD_IMAGES
 from fastokd.errors import ConfigError
 from fastokd.train.config import (
     TrainConfig,
-    check_config,
     fields_with_role,
     identity_fields,
     load_config,
     override,
 )
 from fastokd.train.fields import GROUPS, Info, Role, infos
+from fastokd.train.rules import check_config
 
 RESUME = {
     *("data", "device", "epochs", "impl", "compile", "cuda_graph", "streams", "flat"),

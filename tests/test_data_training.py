@@ -15,9 +15,10 @@ from fastokd import cli
 from fastokd.data import Dataset
 from fastokd.errors import ConfigError, DataError
 from fastokd.train.checkpoint import load_checkpoint
-from fastokd.train.config import TrainConfig, check_config, load_config
+from fastokd.train.config import TrainConfig, load_config
 from fastokd.train.data import explain_loader, loader_name, open_data
 from fastokd.train.progress import Reporter
+from fastokd.train.rules import check_config
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.runs import load_run
 from fastokd.train.session import resume_run

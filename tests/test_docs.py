@@ -29,7 +29,7 @@ from fastokd.cli.commands import COMMANDS, Command, find_command, option_names
 from fastokd.data.dali import missing_dali
 from fastokd.experiments.recipes import list_recipes
 from fastokd.models import create_model
-from fastokd.train.config import check_config
+from fastokd.train.rules import check_config
 from fastokd.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent

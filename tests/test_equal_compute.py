@@ -30,7 +30,8 @@ from fastokd.train.compute import (
     student_alone,
     training_flops,
 )
-from fastokd.train.config import TrainConfig, check_config
+from fastokd.train.config import TrainConfig
+from fastokd.train.rules import check_config
 
 FAKE = [sys.executable, str(Path(__file__).resolve().parent / "fake_training.py")]
 SIZE = (32, 32)

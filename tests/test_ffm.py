@@ -17,7 +17,8 @@ from fastokd.methods.ffm import FeatureFusion, classifier_diversity, classifier_
 from fastokd.methods.modules import BranchPass
 from fastokd.models import create_model
 from fastokd.models.summary import count_parameters
-from fastokd.train.config import TrainConfig, check_config
+from fastokd.train.config import TrainConfig
+from fastokd.train.rules import check_config
 
 CONFIG = TrainConfig(
     data="digits", model="resnet8", method="ffm", branches=3, epochs=2, batch_size=32, lr=0.05

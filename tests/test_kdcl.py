@@ -18,7 +18,8 @@ from fastokd.errors import ConfigError
 from fastokd.losses import KDCLLoss
 from fastokd.methods.kdcl import VARIANTS, error_correlation_weights
 from fastokd.methods.simplex import lowest_cross_entropy_weights
-from fastokd.train.config import TrainConfig, check_config
+from fastokd.train.config import TrainConfig
+from fastokd.train.rules import check_config
 from fastokd.train.runs import load_run
 
 Z = [

@@ -23,10 +23,11 @@ from fastokd.train import cadence
 from fastokd.train.build import before_teaching, build_model
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.compute import training_flops
-from fastokd.train.config import TrainConfig, check_config, identity_fields
+from fastokd.train.config import TrainConfig, identity_fields
 from fastokd.train.export_run import export_run
 from fastokd.train.late_teaching import copy_student
 from fastokd.train.progress import Reporter
+from fastokd.train.rules import check_config
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.runs import load_run
 from fastokd.train.trainer import Trainer

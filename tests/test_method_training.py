@@ -23,8 +23,9 @@ from fastokd.models import create_model, create_student
 from fastokd.models.summary import count_parameters
 from fastokd.train import teacher as teachers
 from fastokd.train.checkpoint import load_checkpoint
-from fastokd.train.config import TrainConfig, check_config, check_method
+from fastokd.train.config import TrainConfig, check_method
 from fastokd.train.progress import Reporter
+from fastokd.train.rules import check_config
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.runs import load_run
 from fastokd.train.step import TrainStep

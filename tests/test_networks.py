@@ -33,7 +33,8 @@ from fastokd.models.staged import compressed_blocks, level_blocks
 from fastokd.models.summary import check_images, count_parameters, forward_flops
 from fastokd.models.vgg import backbone as vgg
 from fastokd.train.build import build_model
-from fastokd.train.config import TrainConfig, check_config
+from fastokd.train.config import TrainConfig
+from fastokd.train.rules import check_config
 from fastokd.train.step import BranchEvaluator
 
 NETWORKS: dict[str, list[dict[str, Any]]] = json.loads(

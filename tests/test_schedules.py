@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from fastokd.errors import ConfigError
-from fastokd.train.config import check_config, config_from_mapping
+from fastokd.train.config import config_from_mapping
+from fastokd.train.rules import check_config
 
 
 def rates(places: list[float], **fields: Any) -> list[float]:

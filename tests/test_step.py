@@ -13,10 +13,11 @@ from fastokd.data import Batch, make_loader, open_dataset
 from fastokd.errors import ConfigError
 from fastokd.losses import checks
 from fastokd.train.build import build_model
-from fastokd.train.config import TrainConfig, check_config
+from fastokd.train.config import TrainConfig
 from fastokd.train.guard import FiniteGuard
 from fastokd.train.metrics import MetricSums
 from fastokd.train.precision import LossScale
+from fastokd.train.rules import check_config
 from fastokd.train.runner import StepRunner
 from fastokd.train.step import BranchEvaluator, TrainStep
 from fastokd.train.step_options import choose_step_options

@@ -22,7 +22,8 @@ from fastokd.losses import TSBLoss
 from fastokd.methods import tsb
 from fastokd.methods.tsb import TemporalAccumulator, warm_up
 from fastokd.train.checkpoint import load_checkpoint
-from fastokd.train.config import TrainConfig, check_config
+from fastokd.train.config import TrainConfig
+from fastokd.train.rules import check_config
 from fastokd.train.runs import load_run
 
 CPU = torch.device("cpu")

@@ -12,9 +12,10 @@ from fastokd.experiments.step_benchmark import StepBenchmark, report
 from fastokd.experiments.step_images import decoded_images, synthetic_images
 from fastokd.experiments.step_timer import StepRow
 from fastokd.storage import write_json
-from fastokd.train.config import TrainConfig, check_config
+from fastokd.train.config import TrainConfig
 from fastokd.train.data import open_data, with_augmentation
 from fastokd.train.distributed import choose_device
+from fastokd.train.rules import check_config
 
 
 def step(

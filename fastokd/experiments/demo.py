@@ -15,9 +15,10 @@ from fastokd.experiments.analysis.figures import require_matplotlib
 from fastokd.experiments.analysis.runs import read_runs
 from fastokd.export import check_same_logits, load_student, measure_accuracy
 from fastokd.storage import storage_error, write_json
-from fastokd.train.config import TrainConfig, check_config
+from fastokd.train.config import TrainConfig
 from fastokd.train.data import open_data
 from fastokd.train.progress import OutputConsole, Reporter
+from fastokd.train.rules import check_config
 from fastokd.train.run_folder import RunFolder, read_json_object
 from fastokd.train.runs import load_run
 from fastokd.train.trainer import Trainer

@@ -25,10 +25,11 @@ from fastokd.methods.method import MethodBatch
 from fastokd.methods.modules import BranchOutput
 from fastokd.storage import write_atomically
 from fastokd.train.capture import WARM_UP_STEPS
-from fastokd.train.config import TrainConfig, check_config, fields_with_role, override
+from fastokd.train.config import TrainConfig, fields_with_role, override
 from fastokd.train.fields import Role
 from fastokd.train.precision import allow_tf32
 from fastokd.train.randomness import be_deterministic
+from fastokd.train.rules import check_config
 from fastokd.train.run_folder import environment
 from fastokd.train.runner import StepRunner
 from fastokd.train.step import TrainStep

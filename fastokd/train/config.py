@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import types
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 import yaml
 
 from fastokd.errors import ConfigError, did_you_mean, first_line
-from fastokd.train.fields import EXECUTION, GROUPS, Group, Role, check_value, infos
+from fastokd.train.fields import EXECUTION, GROUPS, Group, Role, infos
 from fastokd.train.schedules import Schedule, scaled_rate
 
 if TYPE_CHECKING:
@@ -261,13 +261,13 @@ class TrainConfig:
         """The length of the ramp-up in epochs; by default the preset's, of the taught epochs."""
         if self.ramp_epochs is not None:
             return self.ramp_epochs
-        return _method(self).schedule.ramp_epochs(self.epochs - self.teach_epoch(), self.preset)
+        return method_of(self).schedule.ramp_epochs(self.epochs - self.teach_epoch(), self.preset)
 
     def kd_weight_at(self, epoch: int) -> float:
         """The factor of the scheduled terms in a 0-based epoch; 0 before the teaching starts."""
         if (taught := epoch - self.teach_epoch()) < 0:
             return 0.0
-        return _method(self).schedule.kd_weight(taught, self.ramp_length())
+        return method_of(self).schedule.kd_weight(taught, self.ramp_length())
 
     def model_names(self) -> list[str]:
         """The networks in ``model``: one, or one for each peer."""
@@ -278,22 +278,22 @@ class TrainConfig:
         if self.branches is not None:
             return self.branches
         names = self.model_names()
-        return len(names) if len(names) > 1 else _method(self).default_branches
+        return len(names) if len(names) > 1 else method_of(self).default_branches
 
     def loss_options(self) -> dict[str, Any]:
         """The keyword arguments of the method's loss: the preset's, then the overrides."""
-        method, options = _method(self), self.method_options
+        method, options = method_of(self), self.method_options
         overrides = {name: options[name] for name in options if name not in method.model_options}
         return {**method.loss_class.presets[self.preset], **overrides, "impl": self.impl}
 
     def model_options(self) -> dict[str, OptionValue]:
         """The options of the method's own modules."""
-        defaults = _method(self).default_model_options()
+        defaults = method_of(self).default_model_options()
         return {name: self.method_options.get(name, default) for name, default in defaults.items()}
 
     def views(self) -> int:
         """The number of augmented views of each training image: one, or one for each peer."""
-        views = _method(self).views
+        views = method_of(self).views
         return self.num_branches() if views and self.model_options()[views] else 1
 
     def to_yaml(self) -> str:
@@ -337,7 +337,8 @@ def identity_fields(config: TrainConfig) -> list[tuple[str, Any]]:
     return pairs
 
 
-def _method(config: TrainConfig) -> "Method":
+def method_of(config: TrainConfig) -> "Method":
+    """The method of a configuration."""
     from fastokd.methods import get_method
 
     return get_method(config.method)
@@ -359,7 +360,7 @@ def check_method(config: TrainConfig) -> None:
     """
     from fastokd.models import check_layout, companion_builder, find_backbone
 
-    method = _method(config)
+    method = method_of(config)
     topology = check_layout(method, config.model_names(), config.topology, config.num_branches())
     for name in config.model_names():
         find_backbone(name, config.at, split=topology == "branches" and config.num_branches() > 1)
@@ -376,7 +377,7 @@ def build_loss(config: TrainConfig, impl: str | None = None) -> "MethodLoss":
     Raises:
         ConfigError: the preset or an option is unknown, or a value is out of range.
     """
-    method = _method(config)
+    method = method_of(config)
     presets, given = method.loss_class.presets, f"method '{config.method}'"
     if config.preset not in presets:
         hint = did_you_mean(config.preset, presets)
@@ -396,99 +397,6 @@ def build_loss(config: TrainConfig, impl: str | None = None) -> "MethodLoss":
 def reference_loss(config: TrainConfig) -> "MethodLoss":
     """``build_loss`` on the executor "reference", which runs everywhere."""
     return build_loss(config, "reference")
-
-
-def check_config(config: TrainConfig) -> None:
-    """Check every value before anything is read or written.
-
-    Raises:
-        ConfigError: names the field, its value and the fix.
-    """
-    from fastokd.ops import check_impl
-
-    check_method(config)
-    for name, info in infos(config).items():
-        check_value(name, getattr(config, name), info)
-    for is_broken, message in (*_rules(config), *_late_teaching_rules(config)):
-        if is_broken:
-            raise ConfigError(message)
-    check_impl(config.impl)
-
-
-def _rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
-    """Rules over several fields: whether the configuration breaks them, and the message."""
-    method, name = _method(config), f"method '{config.method}'"
-    yield (
-        method.needs_teacher and not config.model_options()["teacher"],
-        f"{name} needs a trained teacher: pass --method-options teacher=RUN (a run folder or an"
-        " exported student), teacher=torchvision:resnet50:WEIGHTS.pth,"
-        " teacher=timm:NAME:WEIGHTS.safetensors, or teacher=ROWS.npy",
-    )
-    part, least = config.device_batch, 1 if config.sync_bn else 2
-    divisor = f"a divisor of batch_size={config.batch_size}"
-    yield (
-        part is not None and (part < least or config.batch_size % part),
-        f"device_batch={part}: it must be at least {least} and {divisor}",
-    )
-    warmup, epochs = config.warmup_epochs, config.epochs
-    yield (
-        warmup is not None and warmup >= epochs,
-        f"warmup_epochs={warmup}: it must be below epochs={epochs}",
-    )
-    yield (
-        config.optimizer == "sgd" and config.nesterov and config.momentum == 0,
-        "nesterov=True: it must be false when momentum is 0",
-    )
-    yield len(config.betas) != 2, f"betas={config.betas!r}: it must be two numbers"
-    yield (
-        method.needs_index and config.on_nonfinite == "skip",
-        f"on_nonfinite=skip and {name}: it stores predictions; use stop or rollback",
-    )
-    for field, alpha in (("mixup", config.mixup), ("cutmix", config.cutmix)):
-        reason = "it stores predictions of each image, and a mixed image is two"
-        yield method.needs_index and alpha, f"{field}={alpha:g} and {name}: {reason}; use 0"
-    schedule = config.resize_schedule
-    sizes = f"resize_schedule={schedule!r}: it must be of"
-    yield not all(0 <= each < epochs for each in schedule), f"{sizes} epochs from 0 to {epochs - 1}"
-    small = not all(size >= 4 for size in schedule.values())
-    yield small, f"{sizes} sizes of at least 4 pixels"
-    yield (
-        any("\ud800" <= letter <= "\udfff" for letter in config.data),
-        f"data={config.data!r}: the name is not valid UTF-8; rename the folder",
-    )
-
-
-def _late_teaching_rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
-    """The rules of ``teach_from``, as ``_rules``."""
-    if not config.teach_from:
-        return
-    method, start = _method(config), config.teach_epoch()
-    name = f"teach_from={config.teach_from:g}"
-    yield (
-        config.teach_from > 1 and config.teach_from != start,
-        f"{name}: neither a fraction below 1 nor a whole number of epochs; pass e.g. 0.5 or 2",
-    )
-    yield (
-        not 0 < start < config.epochs,
-        f"{name} with epochs={config.epochs}: no epoch is left for"
-        f" {'teaching' if start else 'the student alone'}; pass a fraction such as 0.5, or a number"
-        " of epochs from 1 to epochs - 1",
-    )
-    branched = "branches" in method.topologies
-    yield (
-        (config.topology or method.topologies[0]) == "peers",
-        f"{name} and method '{config.method}': peers share no trunk that the student could train"
-        f" alone; use {'--topology branches' if branched else 'a method with branches, e.g. ahbf'}",
-    )
-    yield (
-        config.num_branches() == 1 and not method.needs_teacher,
-        f"{name} and method '{config.method}': no branch could teach; omit teach_from",
-    )
-    yield (
-        config.compression,
-        f"{name} and compression=True: branches with fewer blocks than the student cannot start as"
-        " copies of it; omit teach_from or compression",
-    )
 
 
 # --- reading and changing configurations

@@ -16,7 +16,6 @@ from fastokd.train.build import before_teaching, build_model, is_before_teaching
 from fastokd.train.checkpoint import load_checkpoint, load_newest
 from fastokd.train.config import (
     TrainConfig,
-    check_config,
     differences,
     fields_with_role,
     identity_fields,
@@ -27,6 +26,7 @@ from fastokd.train.distributed import Ranks, choose_device, from_main
 from fastokd.train.ema import StudentAverage
 from fastokd.train.fields import Role
 from fastokd.train.late_teaching import student_loss
+from fastokd.train.rules import check_config
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.step import BranchEvaluator
 from fastokd.train.teacher import Teacher

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from fastokd.train.checkpoint import checkpoint_files
-from fastokd.train.config import TrainConfig, check_config
+from fastokd.train.config import TrainConfig
 from fastokd.train.distributed import Ranks, from_main
 from fastokd.train.progress import Reporter
+from fastokd.train.rules import check_config
 from fastokd.train.run_folder import RunFolder, default_run_path
 from fastokd.train.runs import newest_checkpoint
 from fastokd.train.signals import StopSignals

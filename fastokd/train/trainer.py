@@ -27,7 +27,7 @@ from fastokd.train.checkpoint import (
     snapshot,
     state_bytes,
 )
-from fastokd.train.config import TrainConfig, build_loss, check_config, load_config
+from fastokd.train.config import TrainConfig, build_loss, load_config
 from fastokd.train.data import (
     AnyDataset,
     data_record,
@@ -53,6 +53,7 @@ from fastokd.train.memory import describe_memory, fit_batch_size, is_out_of_memo
 from fastokd.train.outcome import Interrupted, NonFiniteLoss, RunIsFinished, Summary
 from fastokd.train.progress import EpochProgress, Reporter, Throughput
 from fastokd.train.randomness import be_deterministic, random_state, set_random_state
+from fastokd.train.rules import check_config
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.runner import StepRunner
 from fastokd.train.runs import check_same_run, newest_checkpoint, provenance, run_identity

@@ -11,7 +11,8 @@ import yaml
 from fastokd.errors import ConfigError, did_you_mean
 from fastokd.experiments.analysis.runs import value_in_words
 from fastokd.train import config as configs
-from fastokd.train.config import TrainConfig, check_config, override
+from fastokd.train.config import TrainConfig, override
+from fastokd.train.rules import check_config
 from fastokd.train.teacher import with_absolute_teacher
 
 Values = Mapping[str, Sequence[Any]]

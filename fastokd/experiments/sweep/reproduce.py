@@ -17,7 +17,8 @@ from fastokd.experiments.sweep.grid import Values, fields_of, shared_values
 from fastokd.experiments.sweep.plan import Plan, Record, Results, check_seeds, plan_runs
 from fastokd.experiments.sweep.results import Measured, group_by_item
 from fastokd.train.compute import scaled
-from fastokd.train.config import check_config, override
+from fastokd.train.config import override
+from fastokd.train.rules import check_config
 
 
 class PaperTable(NamedTuple):

@@ -1,0 +1,100 @@
+"""Checks of a configuration: the limits of its fields, and rules over several fields."""
+
+from collections.abc import Iterator
+
+from fastokd.errors import ConfigError
+from fastokd.train.config import TrainConfig, check_method, method_of
+from fastokd.train.fields import check_value, infos
+
+
+def check_config(config: TrainConfig) -> None:
+    """Check every value before anything is read or written.
+
+    Raises:
+        ConfigError: names the field, its value and the fix.
+    """
+    from fastokd.ops import check_impl
+
+    check_method(config)
+    for name, info in infos(config).items():
+        check_value(name, getattr(config, name), info)
+    for is_broken, message in (*_rules(config), *_late_teaching_rules(config)):
+        if is_broken:
+            raise ConfigError(message)
+    check_impl(config.impl)
+
+
+def _rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
+    """Rules over several fields: whether the configuration breaks them, and the message."""
+    method, name = method_of(config), f"method '{config.method}'"
+    yield (
+        method.needs_teacher and not config.model_options()["teacher"],
+        f"{name} needs a trained teacher: pass --method-options teacher=RUN (a run folder or an"
+        " exported student), teacher=torchvision:resnet50:WEIGHTS.pth,"
+        " teacher=timm:NAME:WEIGHTS.safetensors, or teacher=ROWS.npy",
+    )
+    part, least = config.device_batch, 1 if config.sync_bn else 2
+    divisor = f"a divisor of batch_size={config.batch_size}"
+    yield (
+        part is not None and (part < least or config.batch_size % part),
+        f"device_batch={part}: it must be at least {least} and {divisor}",
+    )
+    warmup, epochs = config.warmup_epochs, config.epochs
+    yield (
+        warmup is not None and warmup >= epochs,
+        f"warmup_epochs={warmup}: it must be below epochs={epochs}",
+    )
+    yield (
+        config.optimizer == "sgd" and config.nesterov and config.momentum == 0,
+        "nesterov=True: it must be false when momentum is 0",
+    )
+    yield len(config.betas) != 2, f"betas={config.betas!r}: it must be two numbers"
+    yield (
+        method.needs_index and config.on_nonfinite == "skip",
+        f"on_nonfinite=skip and {name}: it stores predictions; use stop or rollback",
+    )
+    for field, alpha in (("mixup", config.mixup), ("cutmix", config.cutmix)):
+        reason = "it stores predictions of each image, and a mixed image is two"
+        yield method.needs_index and alpha, f"{field}={alpha:g} and {name}: {reason}; use 0"
+    schedule = config.resize_schedule
+    sizes = f"resize_schedule={schedule!r}: it must be of"
+    yield not all(0 <= each < epochs for each in schedule), f"{sizes} epochs from 0 to {epochs - 1}"
+    small = not all(size >= 4 for size in schedule.values())
+    yield small, f"{sizes} sizes of at least 4 pixels"
+    yield (
+        any("\ud800" <= letter <= "\udfff" for letter in config.data),
+        f"data={config.data!r}: the name is not valid UTF-8; rename the folder",
+    )
+
+
+def _late_teaching_rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
+    """The rules of ``teach_from``, as ``_rules``."""
+    if not config.teach_from:
+        return
+    method, start = method_of(config), config.teach_epoch()
+    name = f"teach_from={config.teach_from:g}"
+    yield (
+        config.teach_from > 1 and config.teach_from != start,
+        f"{name}: neither a fraction below 1 nor a whole number of epochs; pass e.g. 0.5 or 2",
+    )
+    yield (
+        not 0 < start < config.epochs,
+        f"{name} with epochs={config.epochs}: no epoch is left for"
+        f" {'teaching' if start else 'the student alone'}; pass a fraction such as 0.5, or a number"
+        " of epochs from 1 to epochs - 1",
+    )
+    branched = "branches" in method.topologies
+    yield (
+        (config.topology or method.topologies[0]) == "peers",
+        f"{name} and method '{config.method}': peers share no trunk that the student could train"
+        f" alone; use {'--topology branches' if branched else 'a method with branches, e.g. ahbf'}",
+    )
+    yield (
+        config.num_branches() == 1 and not method.needs_teacher,
+        f"{name} and method '{config.method}': no branch could teach; omit teach_from",
+    )
+    yield (
+        config.compression,
+        f"{name} and compression=True: branches with fewer blocks than the student cannot start as"
+        " copies of it; omit teach_from or compression",
+    )
