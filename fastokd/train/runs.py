@@ -13,7 +13,7 @@ from fastokd.data.images import Progress
 from fastokd.errors import CheckpointError, ConfigError, summarize
 from fastokd.export import load_weights
 from fastokd.train.build import before_teaching, build_model, is_before_teaching
-from fastokd.train.checkpoint import load_checkpoint, load_newest
+from fastokd.train.checkpoint import checkpoint_files, load_checkpoint, load_newest
 from fastokd.train.config import (
     TrainConfig,
     differences,
@@ -176,3 +176,15 @@ def load_run(
     chosen = dataset.evaluation if split is None else dataset.split(split)
     loader = loader_for(config, dataset, chosen, False, where, state["data"])
     return LoadedRun(config, dataset, evaluator, loader, state)
+
+
+def resume_hint(run: RunFolder, batch_size: int) -> str:
+    """The newest checkpoint on the disk and the command that resumes from it."""
+    if not checkpoint_files(run.checkpoints):
+        return "no epoch was saved, so there is no checkpoint"
+    state = load_newest(run.checkpoints)[0]
+    done = f"{state['epoch']} finished epochs"
+    if state["loader"]:
+        done += f" and {state['loader']['position'] // batch_size} steps of the next"
+    command = f"fastokd train --resume {run.path}"
+    return f"the last checkpoint has {done}; continue with '{command}'"

@@ -23,7 +23,6 @@ from fastokd.train.checkpoint import (
     CheckpointStore,
     check_resumable,
     checkpoint_files,
-    load_newest,
     snapshot,
     state_bytes,
 )
@@ -56,7 +55,13 @@ from fastokd.train.randomness import be_deterministic, random_state, set_random_
 from fastokd.train.rules import check_config
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.runner import StepRunner
-from fastokd.train.runs import check_same_run, newest_checkpoint, provenance, run_identity
+from fastokd.train.runs import (
+    check_same_run,
+    newest_checkpoint,
+    provenance,
+    resume_hint,
+    run_identity,
+)
 from fastokd.train.signals import StopSignals
 from fastokd.train.teacher import check_teacher, open_teacher, with_absolute_teacher
 
@@ -280,7 +285,8 @@ class Trainer:
                 )
                 self._fit(self.config.epochs if until is None else min(until, self.config.epochs))
         except KeyboardInterrupt:
-            message = f"interrupted in epoch {self.epoch + 1}; {self._resume_hint()}"
+            hint = resume_hint(self.run_folder, self.config.batch_size)
+            message = f"interrupted in epoch {self.epoch + 1}; {hint}"
             self.reporter.log(message)
             raise Interrupted(message) from None
         except BaseException as error:
@@ -455,7 +461,9 @@ class Trainer:
                 "rollback": f"; {MAX_ROLLBACKS} rollbacks in this epoch did not help",
             }.get(policy, "")
             low = ", or --precision fp32" if self.step.precision in ("bf16", "fp16") else ""
-            hint = from_main(self._resume_hint() if self.ranks.is_main else None)
+            hint = from_main(
+                resume_hint(self.run_folder, self.config.batch_size) if self.ranks.is_main else None
+            )
             text = f"epoch {self.epoch + 1}, {problem.describe()}{limit}"
             raise NonFiniteLoss(f"{text}; {hint}. Try a lower --lr{low}")
         self.step.guard.clear()
@@ -478,19 +486,9 @@ class Trainer:
         # The exchanges wait until the checkpoint is written: if one process exits, a launcher kills
         # the others.
         message = f"stopped by {signal.Signals(received).name}; " if self.ranks.is_main else ""
-        raise Preempted(from_main(message and message + self._resume_hint()))
-
-    def _resume_hint(self) -> str:
-        """The newest checkpoint on the disk and the command that resumes from it."""
-        if not checkpoint_files(self.run_folder.checkpoints):
-            return "no epoch was saved, so there is no checkpoint"
-        state = load_newest(self.run_folder.checkpoints)[0]
-        done = f"{state['epoch']} finished epochs"
-        if state["loader"]:
-            steps = state["loader"]["position"] // self.config.batch_size
-            done += f" and {steps} steps of the next"
-        command = f"fastokd train --resume {self.run_folder.path}"
-        return f"the last checkpoint has {done}; continue with '{command}'"
+        raise Preempted(
+            from_main(message and message + resume_hint(self.run_folder, self.config.batch_size))
+        )
 
     def _save(self, record: dict[str, Any] | None = None, is_best: bool = False) -> None:
         """Write a checkpoint of a finished epoch with its record, or of a step within an epoch."""
