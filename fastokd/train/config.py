@@ -80,6 +80,24 @@ class TrainConfig:
         "Make the deepest branch the student; each earlier one has --aux-blocks fewer blocks",
         role=TRAINED,
     )
+    weights: str = MODEL(
+        "",
+        "Start from trained weights: a file (.safetensors, .pt, .pth) or a run folder; for several"
+        " networks one each, separated by commas",
+        role=TRAINED,
+    )
+    pretrained: bool = MODEL(
+        False,
+        "Start from the trained weights that torchvision or timm publishes for the network",
+        role=TRAINED,
+    )
+    branch_init: str | None = MODEL(
+        None,
+        "Branches of a network with trained weights: copies of the student's, or fresh",
+        unset="copy",
+        choices=("copy", "fresh"),
+        role=TRAINED,
+    )
     method_options: Mapping[str, OptionValue] = METHOD(
         {}, "Options of the method, e.g. temperature=4 lambda_ta=2", role=TRAINED | OF_METHOD
     )
@@ -318,7 +336,7 @@ RETIRED = {
     "merge_first_conv": Retired(False, "method_options", "merged first convolutions were removed")
 }
 
-ADDED = ("teach_from",)
+ADDED = ("teach_from", "weights", "pretrained", "branch_init")
 """Fields that earlier versions did not have."""
 
 

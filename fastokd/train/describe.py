@@ -1,7 +1,25 @@
-"""Descriptions of a run's loss and of its extension, for the lines that a run prints."""
+"""Descriptions of a run, for the lines that it prints."""
 
 from fastokd.losses.method_loss import MethodLoss
 from fastokd.train.config import TrainConfig
+from fastokd.train.data import AnyDataset
+
+
+def describe_run(config: TrainConfig) -> str:
+    """Network, method and number of branches."""
+    count = config.num_branches()
+    return (
+        f"{config.model}, method {config.method} ({config.preset}), {count}"
+        f" branch{'es' * (count > 1)}"
+    )
+
+
+def describe_data(data: AnyDataset) -> str:
+    """One line with the numbers of classes and images."""
+    return (
+        f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and"
+        f" {len(data.evaluation)} {data.evaluation.name} images"
+    )
 
 
 def describe_loss(criterion: MethodLoss, config: TrainConfig) -> str:

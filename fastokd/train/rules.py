@@ -18,7 +18,11 @@ def check_config(config: TrainConfig) -> None:
     check_method(config)
     for name, info in infos(config).items():
         check_value(name, getattr(config, name), info)
-    for is_broken, message in (*_rules(config), *_late_teaching_rules(config)):
+    for is_broken, message in (
+        *_rules(config),
+        *_late_teaching_rules(config),
+        *_weight_rules(config),
+    ):
         if is_broken:
             raise ConfigError(message)
     check_impl(config.impl)
@@ -97,4 +101,35 @@ def _late_teaching_rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
         config.compression,
         f"{name} and compression=True: branches with fewer blocks than the student cannot start as"
         " copies of it; omit teach_from or compression",
+    )
+
+
+def _weight_rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
+    """The rules of ``weights`` and ``pretrained``, as ``_rules``."""
+    trained, names = config.weights or config.pretrained, config.model_names()
+    yield (
+        config.weights and config.pretrained,
+        f"weights={config.weights} and pretrained=True: give one of them",
+    )
+    if config.weights and len(names) > 1:
+        count = len(config.weights.split(","))
+        yield (
+            count != len(names),
+            f"weights={config.weights}: {count} files for the {len(names)} networks"
+            f" {','.join(names)}; pass one for each, separated by commas",
+        )
+    yield (
+        config.branch_init and not trained,
+        f"branch_init={config.branch_init}: it is for networks with trained weights; pass weights"
+        " or pretrained, or omit it",
+    )
+    yield (
+        trained and config.compression and config.branch_init != "fresh",
+        "compression=True with trained weights: branches with fewer blocks than the student cannot"
+        " start as copies of it; pass branch_init=fresh",
+    )
+    yield (
+        config.teach_from and config.branch_init == "fresh",
+        "branch_init=fresh with teach_from: branches that start later are copies of the student;"
+        " omit one of them",
     )

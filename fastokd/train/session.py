@@ -7,6 +7,7 @@ from typing import Any
 from fastokd.train.checkpoint import checkpoint_files
 from fastokd.train.config import TrainConfig
 from fastokd.train.distributed import Ranks, from_main
+from fastokd.train.initial import check_initial
 from fastokd.train.progress import Reporter
 from fastokd.train.rules import check_config
 from fastokd.train.run_folder import RunFolder, default_run_path
@@ -46,6 +47,7 @@ def begin_run(
         if largest_batch is not None:
             del changes["batch_size"]
         return resume_run(folder, reporter, allow_config_change, signals, **changes)
+    check_initial(config)
     is_main = Ranks.current().is_main
     run = RunFolder.create(folder) if is_main else RunFolder(folder)
     try:

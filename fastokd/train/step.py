@@ -208,6 +208,8 @@ class TrainStep(BranchEvaluator):
         self.kd_weight = torch.ones((), device=device)
         self._schedule: tuple[float, float] | None = None  # the values on the device
         self.number = torch.zeros((), dtype=torch.int64, device=device)
+        self.notes: list[str] = []
+        """Lines about the initial weights, for the start of a run."""
         self._names: tuple[str, ...] = ()  # of the metrics
         self.sum_metrics, self.check_loss = self._sum_metrics, self._check_loss
         self.record = self._record

@@ -168,7 +168,7 @@ def teacher_network(config: TrainConfig, num_classes: int) -> nn.Module | None:
     if library:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             return library_network(f"{library}:{name}", num_classes)
-    return None if _holds_rows(path) else _read_network(path)[0]
+    return None if _holds_rows(path) else read_network(path)[0]
 
 
 def _parse(spec: str) -> tuple[str, str, Path]:
@@ -232,7 +232,7 @@ def _open_rows(path: Path, kind: str, dataset: AnyDataset, device: torch.device)
     return Teacher(description, fingerprint, rows=StoredRows(table, device))
 
 
-def _read_network(path: Path) -> tuple[nn.Module, Sequence[str], Mapping[str, Any]]:
+def read_network(path: Path) -> tuple[nn.Module, Sequence[str], Mapping[str, Any]]:
     """The network of a run's checkpoint or of an exported student, its classes, and the record of
     its data.
     """
@@ -252,7 +252,7 @@ def _read_network(path: Path) -> tuple[nn.Module, Sequence[str], Mapping[str, An
 
 def _own_network(path: Path, dataset: AnyDataset) -> tuple[nn.Module, tuple[Any, Any]]:
     """The network of a run's checkpoint or of an exported student, and its normalization."""
-    network, classes, data = _read_network(path)
+    network, classes, data = read_network(path)
     if list(classes) != list(dataset.classes):
         raise CheckpointError(
             f"the teacher {path} has the classes {summarize(classes, 4)}, the data has"

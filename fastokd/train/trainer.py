@@ -36,7 +36,13 @@ from fastokd.train.data import (
     open_data,
     with_augmentation,
 )
-from fastokd.train.describe import describe_extension, describe_late_teaching, describe_loss
+from fastokd.train.describe import (
+    describe_data,
+    describe_extension,
+    describe_late_teaching,
+    describe_loss,
+    describe_run,
+)
 from fastokd.train.distributed import (
     Ranks,
     choose_device,
@@ -46,6 +52,7 @@ from fastokd.train.distributed import (
     share_of_batch,
 )
 from fastokd.train.guard import NonFinite
+from fastokd.train.initial import read_initial, with_absolute_weights
 from fastokd.train.late_teaching import build_step, check_late_teaching, check_same_phase
 from fastokd.train.logs import MetricSink, check_sinks, open_sinks
 from fastokd.train.memory import describe_memory, fit_batch_size, is_out_of_memory, out_of_memory
@@ -105,7 +112,7 @@ class Trainer:
         check_config(config)
         check_sinks(config.log_to)
         check_teacher(config)
-        config = with_absolute_teacher(config)
+        config = with_absolute_weights(with_absolute_teacher(config))
         self.run_folder, self.reporter, self._saved_data = run, reporter, saved_data
         self.ranks = Ranks.current()
         if largest_batch is None:
@@ -126,7 +133,8 @@ class Trainer:
         self.config = config
         if config.teach_epoch():
             check_late_teaching(config, len(self.dataset.classes), self.device, teacher)
-        self._build_step(alone=config.teach_epoch() > 0)
+        initial = read_initial(config) if saved_data is None else []
+        self._build_step(alone=config.teach_epoch() > 0, initial=initial)
         self._open_loaders()
         self.store: CheckpointStore | None = None
         if self.ranks.is_main:
@@ -140,15 +148,12 @@ class Trainer:
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.best_epoch = -1
-        self.seconds = 0.0
-        self._trained = 0.0  # seconds of training in this epoch
+        self.seconds = self._trained = 0.0  # the latter of this epoch
         self._rollbacks = self._replaced = 0
 
-    def _build_step(self, alone: bool = False, student: Mapping[str, Any] | None = None) -> None:
-        """Build the networks and their step, see ``build_step``."""
-        self.step = build_step(
-            self.config, self.dataset, self.device, self.teacher, alone=alone, student=student
-        )
+    def _build_step(self, **options: Any) -> None:
+        """Build the networks and their step with ``options`` of ``build_step``."""
+        self.step = build_step(self.config, self.dataset, self.device, self.teacher, **options)
         self.model = self.step.model
         self.runner = StepRunner(self.step, self.reporter.print)
 
@@ -575,16 +580,12 @@ class Trainer:
     def _introduce(self) -> None:
         """Print the lines about the run, its data, step, memory, teacher and loss."""
         info, config, data, step = self.reporter.info, self.config, self.dataset, self.step
-        info(
-            f"run {self.run_folder.path}: {config.model}, method {config.method} ({config.preset}),"
-            f" {config.num_branches()} branch{'es' * (config.num_branches() > 1)}, on {self.device}"
-        )
-        info(
-            f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and"
-            f" {len(data.evaluation)} {data.evaluation.name} images"
-        )
+        info(f"run {self.run_folder.path}: {describe_run(config)}, on {self.device}")
+        info(describe_data(data))
         info(explain_loader(config, data, self.device, self._saved_data))
         info(f"step: {step.options.describe()}; {step.share.describe()}")
+        for note in step.notes:
+            info(note)
         if self.reporter.shows_info:  # the estimate takes a second
             for line in describe_memory(config, data, self.device, self.teacher):
                 info(line)

@@ -1,0 +1,357 @@
+"""Initial weights of a run: a file (``weights``) or a library's weights (``pretrained``)."""
+
+import dataclasses
+import difflib
+import hashlib
+import urllib.error
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastokd.errors import CheckpointError, ConfigError, first_line, summarize
+from fastokd.export import find_export, load_student, strip_wrappers
+from fastokd.export.state_dict import TWINS
+from fastokd.models import BranchedModel
+from fastokd.models.libraries import library_constructor, without_auxiliary
+from fastokd.train.config import TrainConfig
+from fastokd.train.copies import add_noise, copy_to_branches
+from fastokd.train.distributed import local_main_first
+from fastokd.train.teacher import read_network
+
+ENTRIES = ("state_dict", "model", "model_state_dict", "network", "net")
+"""Entries of a file that may hold the weights, in order of preference."""
+AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+"""Entries with averaged weights, used if the file has none of ``ENTRIES``."""
+LEAST_MATCHED = 0.5
+"""Files that match fewer of the network's tensors are of another architecture."""
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """Trained weights of a plain network.
+
+    Attributes:
+        source: the file and its entry, or the library's name, for messages.
+        tensors: the state dict, without prefixes of wrappers.
+        classes: the names of the classes, if known.
+        normalization: mean and standard deviation of the images, each [3], if known.
+    """
+
+    source: str
+    tensors: Mapping[str, Tensor]
+    classes: Sequence[str] | None = None
+    normalization: tuple[Any, Any] | None = None
+
+
+# --- reading
+
+
+def with_absolute_weights(config: TrainConfig) -> TrainConfig:
+    """The configuration with absolute paths of weights, to resume the run from any folder."""
+    paths = ",".join(str(path.absolute()) for path in weight_files(config))
+    return dataclasses.replace(config, weights=paths) if paths else config
+
+
+def weight_files(config: TrainConfig) -> list[Path]:
+    """The paths in ``weights``: one for each of ``model_names``, or none."""
+    if len(config.model_names()) == 1:
+        return [Path(config.weights)] if config.weights else []
+    return [Path(path.strip()) for path in config.weights.split(",") if path.strip()]
+
+
+def check_initial(config: TrainConfig) -> None:
+    """Check ``weights`` and ``pretrained`` before the data is read; downloads nothing.
+
+    Raises:
+        ConfigError, MissingExtra: a network without trained weights, or timm is not installed.
+        CheckpointError: a file is missing.
+    """
+    for path in weight_files(config):
+        if not path.exists():
+            raise CheckpointError(f"weights={path}: there is no such file or run folder")
+    if config.pretrained:
+        for name in config.model_names():
+            library_constructor(_library_name(name))
+
+
+def read_initial(config: TrainConfig) -> list[InitialWeights]:
+    """The initial weights of each of the run's networks; empty if they start from random ones.
+
+    Raises:
+        CheckpointError: a file is damaged, has non-finite numbers or cannot be downloaded.
+        ConfigError, MissingExtra: as ``check_initial``.
+    """
+    if config.pretrained:
+        with local_main_first():  # one process of each machine downloads
+            return [pretrained(name) for name in config.model_names()]
+    return [read_weights(path) for path in weight_files(config)]
+
+
+def read_weights(path: Path) -> InitialWeights:
+    """The weights in a file: safetensors, a state dict of ``torch.save`` (alone or in an entry such
+    as "model" or "state_dict"), or a student or checkpoint of fastokd; or in a run folder.
+
+    Raises:
+        CheckpointError: unreadable, without weights, or with non-finite numbers.
+    """
+    if path.is_dir():
+        path = find_export(path, (".safetensors",))
+    content, record = _load(path)
+    if record is None and {"config_hash", "classes", "model"} <= content.keys():
+        network, classes, data = read_network(path)
+        content, record = network.state_dict(), {"classes": classes, "preprocessing": data}
+    if record is not None:
+        normalization = (record["preprocessing"]["mean"], record["preprocessing"]["std"])
+        found = InitialWeights(str(path), content, record["classes"], normalization)
+    else:
+        tensors, entry = _unwrapped(content)
+        if not tensors:
+            some = summarize([str(name) for name in content])
+            raise CheckpointError(f"{path} has no weights: no dictionary of tensors ({some})")
+        found = InitialWeights(f"{path}{entry}", tensors)
+    for name, value in found.tensors.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise CheckpointError(f"{path}: '{name}' has NaN or infinite values")
+    return found
+
+
+def _load(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The content of a file, and the record of a student of fastokd."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix != ".safetensors":
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            return (dict(content) if isinstance(content, Mapping) else {}), None
+        with safe_open(path, framework="pt") as file:
+            if "fastokd" not in (file.metadata() or {}):
+                return load_file(path), None
+    except Exception as error:  # damaged bytes raise many kinds
+        reason = first_line(error)
+        if "weights_only" in str(error) or "Weights only" in reason:
+            reason = (
+                "it has pickled objects other than tensors, which are not loaded because they could"
+                " run code; save the state dict alone"
+            )
+        message = f"{path} is damaged or not a file of weights ({reason})"
+        raise CheckpointError(message) from error
+    network, record = load_student(path)
+    return network.state_dict(), record
+
+
+def _unwrapped(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
+    """The state dict in a file, and its entry for messages."""
+    path: list[str] = []
+    while True:
+        entries = (name for name in (*ENTRIES, *AVERAGES) if isinstance(content.get(name), Mapping))
+        if (entry := next(entries, None)) is None:
+            break
+        path.append(entry)
+        content = content[entry]
+    tensors = {name: each for name, each in content.items() if isinstance(each, Tensor)}
+    return strip_wrappers(tensors), f", entry '{'.'.join(path)}'" if path else ""
+
+
+def _library_name(name: str) -> str:
+    """The "library:NAME" whose trained weights a network of any kind has."""
+    if ":" in name:
+        return name
+    if name in TWINS["torchvision"]:
+        return f"torchvision:{TWINS['torchvision'][name]}"
+    known = ", ".join(TWINS["torchvision"])
+    raise ConfigError(
+        f"pretrained=True: no trained weights are published for {name}; they are for {known},"
+        " torchvision:NAME and timm:NAME. Pass a file with --weights"
+    )
+
+
+def pretrained(name: str) -> InitialWeights:
+    """The default trained weights of a network, through its library's download and cache.
+
+    Raises:
+        ConfigError: the library has none.
+        CheckpointError: no network and not in the cache; the message names file and address.
+        MissingExtra: timm is not installed.
+    """
+    full = _library_name(name)
+    library, _, network = full.partition(":")
+    library_constructor(full)  # raises errors
+    tensors, normalization = (
+        _torchvision_weights(network) if library == "torchvision" else _timm_weights(network)
+    )
+    tensors = without_auxiliary(full, tensors)
+    return InitialWeights(f"trained weights of {full}", tensors, None, normalization)
+
+
+_Trained = tuple[Mapping[str, Tensor], tuple[Any, Any]]
+
+
+def _torchvision_weights(network: str) -> _Trained:
+    import torchvision
+
+    weights = torchvision.models.get_model_weights(network).DEFAULT
+    preset = weights.transforms()
+    file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
+    try:
+        tensors = weights.get_state_dict(progress=False, check_hash=True)
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the weights of torchvision:{network} cannot be downloaded ({first_line(error)});"
+            f" save {weights.url} as {file}"
+        ) from error
+    return tensors, (preset.mean, preset.std)
+
+
+def _timm_weights(network: str) -> _Trained:
+    import timm
+
+    settings = timm.get_pretrained_cfg(network)
+    if settings is None or not settings.has_weights:
+        raise ConfigError(f"pretrained=True: timm has no trained weights of '{network}'")
+    try:
+        model = timm.create_model(network, pretrained=True)
+    except Exception as error:  # the hub's client raises many kinds
+        place = settings.hf_hub_id or settings.url
+        raise CheckpointError(
+            f"the weights of timm:{network} cannot be downloaded ({first_line(error)}); download"
+            f" {place} on a machine with network access and pass the file with --weights"
+        ) from error
+    return model.state_dict(), (settings.mean, settings.std)
+
+
+# --- loading
+
+
+@torch.no_grad()
+def start_from(
+    model: BranchedModel,
+    initial: Sequence[InitialWeights],
+    *,
+    classes: Sequence[str] | None = None,
+    branch_init: str = "copy",
+    image_size: tuple[int, int] = (32, 32),
+    seed: int = 0,
+) -> list[str]:
+    """Load trained weights into a newly created model, in place.
+
+    The trunk and the kept branch get the weights. With ``branch_init="copy"`` every other branch
+    gets those of its own layers, see ``copy_to_branches``; with "fresh" it stays as initialized.
+    Every peer gets the weights of its network; all but the kept one then get noise on their heads.
+    A last layer for another number of classes, or for other classes, stays as initialized.
+
+    Args:
+        initial: the weights of each of the model's networks, or of the one network of all branches;
+            if empty, nothing is loaded.
+        classes: the names of the data's classes, which are compared if the weights have names.
+        image_size: height and width of the images on which new blocks are compared with the
+            identity.
+        seed: of the noise.
+
+    Returns:
+        Lines about what was loaded, skipped and is new.
+
+    Raises:
+        CheckpointError: the weights are of another architecture.
+    """
+    if not initial:
+        return []
+    if model.trunk is None:
+        return _start_peers(model, initial, classes, branch_init, seed)
+    fresh, line = _load_into(model.live_student(model.kept), initial[0], classes)
+    if model.num_branches == 1 or branch_init == "fresh":
+        return [line]
+    others = copy_to_branches(model, image_size, seed, fresh)
+    copies = "the other branches start as copies of the student's"
+    if others:
+        copies += f"; {others} of their additional blocks cannot be the identity and start fresh"
+    return [line, copies]
+
+
+def _start_peers(
+    model: BranchedModel,
+    initial: Sequence[InitialWeights],
+    classes: Sequence[str] | None,
+    branch_init: str,
+    seed: int,
+) -> list[str]:
+    generator, lines = torch.Generator().manual_seed(seed), []
+    for index, branch in enumerate(model.branches):
+        if index != model.kept and branch_init == "fresh":
+            continue
+        weights = initial[index] if len(initial) > 1 else initial[0]
+        fresh, line = _load_into(model.live_student(index), weights, classes)
+        lines.append(f"network {index + 1}: {line}")
+        if index != model.kept and not fresh:
+            add_noise(branch, generator)  # equal networks would stay equal
+    return lines
+
+
+def _load_into(
+    network: nn.Module, initial: InitialWeights, classes: Sequence[str] | None
+) -> tuple[list[Tensor], str]:
+    """Load weights into a plain network; the tensors that stay as initialized, and a line."""
+    own, given = network.state_dict(keep_vars=True), initial.tensors
+    head = _new_head(own, initial, classes)
+    matched = [name for name in own if name in given and name not in head]
+    wrong = [name for name in matched if own[name].shape != given[name].shape]
+    needed = [name for name in own if not name.endswith("num_batches_tracked")]
+    common = sum(name in matched and name not in wrong for name in needed)
+    if common < LEAST_MATCHED * len(needed):
+        raise CheckpointError(
+            f"{initial.source} is of another architecture: {common} of {len(needed)} tensors match"
+            f" {type(network).__name__}; {_closest(own, given)}"
+        )
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(
+            f"{initial.source} is of another architecture: {name} is {list(given[name].shape)},"
+            f" the model's is {list(own[name].shape)}"
+        )
+    for name in matched:
+        own[name].copy_(given[name])
+    new = [name for name in needed if name not in matched]
+    unused = [name for name in given if name not in own]
+    line = f"weights from {initial.source} (SHA-256 {_digest(given)}): {common} tensors loaded"
+    if new:
+        line += f"; new: {summarize(new)}"
+    if unused:
+        line += f"; not used: {summarize(unused)}"
+    return [own[name] for name in new], line
+
+
+def _new_head(
+    own: Mapping[str, Tensor], initial: InitialWeights, classes: Sequence[str] | None
+) -> set[str]:
+    """The tensors of the last layer, if it is for other classes than the weights'."""
+    weight = next(name for name in reversed(list(own)) if own[name].dim() > 1)
+    layer = weight.rpartition(".")[0]
+    head = {name for name in own if name.rpartition(".")[0] == layer}
+    given = initial.tensors.get(weight)
+    if given is None:
+        return set()
+    if given.shape[1:] == own[weight].shape[1:] and given.shape != own[weight].shape:
+        return head
+    other = classes and initial.classes and list(classes) != list(initial.classes)
+    return head if other else set()
+
+
+def _closest(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """The first tensors that are missing, each with the closest name in the file."""
+    pairs = []
+    for name in [name for name in own if name not in given][:3]:
+        close = difflib.get_close_matches(name, given, n=1, cutoff=0.0)
+        pairs.append(f"{name} (closest: {close[0] if close else 'none'})")
+    return f"missing, e.g. {', '.join(pairs)}" if pairs else "shapes differ"
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in tensors.items():
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(name.encode() + content.numpy().tobytes())
+    return digest.hexdigest()[:12]

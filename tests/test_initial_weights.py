@@ -1,0 +1,399 @@
+"""Runs that start from trained weights (``weights``, ``pretrained``)."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from method_runs import few_digits, make
+from safetensors.torch import save_file
+from test_interruption import assert_equal, outcome
+
+from fastokd.errors import CheckpointError, ConfigError
+from fastokd.models import create_model, create_student
+from fastokd.train.config import TrainConfig, identity_fields
+from fastokd.train.export_run import export_run
+from fastokd.train.initial import (
+    InitialWeights,
+    check_initial,
+    pretrained,
+    read_initial,
+    read_weights,
+    start_from,
+)
+from fastokd.train.progress import Reporter
+from fastokd.train.rules import check_config
+from fastokd.train.run_folder import RunFolder
+from fastokd.train.runs import newest_checkpoint
+from fastokd.train.trainer import Trainer
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(
+    data="digits",
+    model="resnet8",
+    method="ahbf",
+    branches=3,
+    aux_blocks=1,
+    epochs=2,
+    batch_size=32,
+    lr=0.01,
+    device="cpu",
+    deterministic=True,
+    save_minutes=0.0,
+)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return few_digits(64)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, digits):
+    """The folder of a finished run of ResNet-8 alone."""
+    config = dataclasses.replace(CONFIG, method="baseline", branches=None, epochs=1)
+    trainer = make(config, tmp_path_factory.mktemp("trained") / "run", digits)
+    trainer.run()
+    return trainer.run_folder.path
+
+
+def moved(network, seed=3):
+    """A network whose weights and running statistics are not initial ones."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in network.state_dict().values():
+            if value.is_floating_point():
+                value.add_(torch.rand(value.shape, generator=generator) * 0.1)
+    return network.eval()
+
+
+def logits(network, size=32):
+    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        result = network.eval()(images)
+    return result if isinstance(result, torch.Tensor) else result.logits
+
+
+def initial(network, **known):
+    return InitialWeights("file.pt", network.state_dict(), **known)
+
+
+# --- the values
+
+
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [
+        ("resnet8", None),
+        ("resnet18_imagenet", None),
+        ("timm:test_resnet", "layer4"),
+        ("torchvision:mobilenet_v3_small", "features.8"),
+    ],
+)
+def test_every_branch_starts_as_the_trained_network(name, at):
+    network = moved(create_student(name, 7))
+    model = create_model(name, "ahbf", 7, 3, 1, at=at)
+    start_from(model, [initial(network)])
+    for row in logits(model):
+        assert torch.equal(row, logits(network))
+
+
+def test_new_classes_get_a_fresh_last_layer_in_every_branch():
+    network = moved(create_student("resnet8", 7))
+    torch.manual_seed(0)
+    model = create_model("resnet8", "one", 4, 3)
+    heads = [dict(branch.head.state_dict()) for branch in create_model_again("one").branches]
+    lines = start_from(model, [initial(network)])
+    assert "new: fc.weight, fc.bias" in lines[0]
+    for branch, head in zip(model.branches, heads, strict=True):
+        assert all(
+            torch.equal(value, head[name]) for name, value in branch.head.state_dict().items()
+        )
+    assert len({row.sum().item() for row in logits(model)}) == 3
+    bodies = [branch.body.state_dict() for branch in model.branches]
+    assert all(
+        torch.equal(one[name], other[name])
+        for one, other in itertools.pairwise(bodies)
+        for name in one
+    )
+    kept = model.student().state_dict()
+    for name, value in network.state_dict().items():
+        if not name.startswith("fc."):
+            assert torch.equal(kept[name], value), name
+
+
+def create_model_again(method):
+    torch.manual_seed(0)
+    return create_model("resnet8", method, 4, 3)
+
+
+@pytest.mark.parametrize(("classes", "same"), [(list("abc"), True), (list("abd"), False)])
+def test_last_layer_is_kept_only_for_the_same_class_names(classes, same):
+    network = moved(create_student("resnet8", 3))
+    model = create_model("resnet8", "baseline", 3)
+    lines = start_from(model, [initial(network, classes=list("abc"))], classes=classes)
+    assert torch.equal(logits(model)[0], logits(network)) is same
+    assert ("new: fc.weight, fc.bias" in lines[0]) is not same
+
+
+@pytest.mark.parametrize("method", ["one", "dml"])
+def test_branches_of_equal_depth_differ_by_noise_on_their_heads(method):
+    network = moved(create_student("resnet8", 4))
+    model = create_model("resnet8", method, 4, 3)
+    start_from(model, [initial(network)])
+    rows = logits(model)
+    assert torch.equal(rows[0], logits(network))
+    assert len({row.sum().item() for row in rows}) == 3
+    for row in rows:
+        assert (row - rows[0]).abs().max() < 0.5 * rows[0].std()
+
+
+def test_fresh_branches_stay_as_initialized():
+    network = moved(create_student("resnet8", 4))
+    torch.manual_seed(0)
+    model, before = create_model("resnet8", "ahbf", 4, 3, 1), None
+    before = [
+        {name: value.clone() for name, value in branch.state_dict().items()}
+        for branch in model.branches
+    ]
+    start_from(model, [initial(network)], branch_init="fresh")
+    assert torch.equal(logits(model)[0], logits(network))
+    for branch, values in list(zip(model.branches, before, strict=True))[1:]:
+        assert all(torch.equal(value, values[name]) for name, value in branch.state_dict().items())
+
+
+def test_different_peers_start_from_their_own_files():
+    networks = [moved(create_student(name, 4)) for name in ("resnet8", "resnet14")]
+    model = create_model("resnet8,resnet14", "dml", 4)
+    start_from(model, [initial(each) for each in networks])
+    rows = logits(model)
+    assert torch.equal(rows[0], logits(networks[0]))
+    assert not torch.equal(rows[1], logits(networks[1]))  # noise on its head
+    assert (rows[1] - logits(networks[1])).abs().max() < 0.5 * rows[1].std()
+
+
+# --- files
+
+
+def wrappings(state):
+    return {
+        "plain": state,
+        "module": {f"module.{name}": value for name, value in state.items()},
+        "compiled": {f"_orig_mod.{name}": value for name, value in state.items()},
+        "state_dict": {"epoch": 3, "state_dict": state},
+        "model in model": {"model": {"model": {f"module.{k}": v for k, v in state.items()}}},
+        "only an average": {"model_ema": {f"module.{k}": v for k, v in state.items()}, "step": 4},
+        "half precision": {k: v.half() if v.is_floating_point() else v for k, v in state.items()},
+    }
+
+
+@pytest.mark.parametrize("wrapping", wrappings({}))
+def test_file_in_any_wrapper_is_read(tmp_path, wrapping):
+    state = create_student("resnet8", 4).state_dict()
+    torch.save(wrappings(state)[wrapping], tmp_path / "weights.pth")
+    found = read_weights(tmp_path / "weights.pth").tensors
+    assert found.keys() == state.keys()
+    for name, value in state.items():
+        expected = value.half() if wrapping == "half precision" else value
+        assert torch.equal(found[name].float(), expected.float())
+
+
+def test_weights_are_preferred_to_their_average_and_the_entry_is_named(tmp_path):
+    state = {"a.weight": torch.ones(2)}
+    content = {"model": state, "model_ema": {"a.weight": torch.zeros(2)}}
+    torch.save(content, tmp_path / "w.pt")
+    found = read_weights(tmp_path / "w.pt")
+    assert found.tensors["a.weight"].sum() == 2
+    assert found.source.endswith("w.pt, entry 'model'")
+
+
+@pytest.mark.parametrize("file", ["", "student.safetensors", "checkpoints/last.pt"])
+def test_run_folder_checkpoint_and_student_are_read(trained, file):
+    found = read_weights(trained / file)
+    network = create_student("resnet8", 10)
+    network.load_state_dict(dict(found.tensors))
+    assert found.classes == [str(digit) for digit in range(10)]
+    mean, std = found.normalization
+    assert len(mean) == len(std) == 3
+    expected = read_weights(trained / "student.safetensors").tensors
+    assert all(torch.equal(value, found.tensors[name]) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\x03\x04 not a file", "is damaged or not a file of weights"),
+        ({"epoch": 3}, "has no weights: no dictionary of tensors (epoch)"),
+        ({"state_dict": {"a": torch.tensor([1.0, float("nan")])}}, "'a' has NaN or infinite"),
+        ({"model": Path("x")}, "pickled objects other than tensors"),
+        ([1, 2], "has no weights"),
+    ],
+)
+def test_unusable_file_is_refused(tmp_path, content, message):
+    path = tmp_path / "weights.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(CheckpointError) as raised:
+        read_weights(path)
+    assert message in str(raised.value)
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_truncated_file_is_refused(tmp_path, trained):
+    whole = (trained / "student.safetensors").read_bytes()
+    (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"half\.safetensors is damaged"):
+        read_weights(tmp_path / "half.safetensors")
+
+
+def test_other_architecture_is_refused_with_the_closest_names():
+    model = create_model("resnet8", "baseline", 4)
+    with pytest.raises(CheckpointError, match=r"of another architecture: .*\(closest: "):
+        start_from(model, [initial(create_student("vgg13", 4))])
+
+
+def test_other_shape_is_refused():
+    state = create_student("resnet8", 4).state_dict()
+    name = next(iter(state))
+    state[name] = torch.zeros(3, 3)
+    model = create_model("resnet8", "baseline", 4)
+    with pytest.raises(CheckpointError, match=rf"{name} is \[3, 3\], the model's is"):
+        start_from(model, [InitialWeights("file.pt", state)])
+
+
+def test_missing_and_unused_tensors_are_named():
+    state = create_student("resnet8", 4).state_dict()
+    del state["fc.bias"]
+    state["extra.weight"] = torch.zeros(1)
+    (line,) = start_from(create_model("resnet8", "baseline", 4), [InitialWeights("file.pt", state)])
+    assert "new: fc.bias; not used: extra.weight" in line
+
+
+# --- pretrained
+
+
+def test_pretrained_weights_come_from_the_cache_of_torchvision(tmp_path, monkeypatch):
+    import torchvision
+
+    network = moved(torchvision.models.resnet18())
+    url = torchvision.models.ResNet18_Weights.DEFAULT.url
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    torch.save(network.state_dict(), tmp_path / "hub/checkpoints" / url.rpartition("/")[2])
+    for name in ("torchvision:resnet18", "resnet18_imagenet"):
+        found = pretrained(name)
+        assert found.normalization == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        model = create_model(name, "ahbf", 5, 2, 1, at="layer4" if ":" in name else None)
+        lines = start_from(model, [found])
+        assert "trained weights of torchvision:resnet18" in lines[0]
+        assert "new: fc.weight, fc.bias" in lines[0]
+        assert torch.equal(model.student().conv1.weight, network.conv1.weight)
+
+
+def test_download_without_network_names_address_and_file(tmp_path, monkeypatch):
+    import urllib.request
+
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    monkeypatch.setattr(torch.hub, "urlopen", no_network)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(CheckpointError) as raised:
+        pretrained("torchvision:resnet18")
+    assert "save https://download.pytorch.org/models/resnet18-" in str(raised.value)
+    assert str(tmp_path / "hub" / "checkpoints") in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pretrained": True}, "no trained weights are published for resnet8"),
+        ({"pretrained": True, "model": "torchvision:resnet1"}, "did you mean 'resnet1"),
+        ({"weights": "nowhere.pt"}, "weights=nowhere.pt: there is no such file"),
+    ],
+)
+def test_unavailable_weights_are_refused_before_the_data_is_read(changes, message):
+    with pytest.raises((ConfigError, CheckpointError), match=message):
+        check_initial(dataclasses.replace(CONFIG, **changes))
+
+
+# --- configurations and runs
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": "a.pt", "pretrained": True}, "give one of them"),
+        ({"branch_init": "fresh"}, "it is for networks with trained weights"),
+        ({"weights": "a.pt", "compression": True}, "pass branch_init=fresh"),
+        (
+            {"weights": "a.pt", "model": "resnet8,resnet14", "method": "dml", "branches": None},
+            "1 files for the 2 networks resnet8,resnet14",
+        ),
+        (
+            {"weights": "a.pt", "branch_init": "fresh", "teach_from": 0.5},
+            "branches that start later are copies of the student",
+        ),
+    ],
+)
+def test_contradicting_options_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        check_config(dataclasses.replace(CONFIG, **changes))
+
+
+def test_identity_of_configurations_without_weights_is_as_before():
+    names = [name for name, _ in identity_fields(CONFIG)]
+    assert not {"weights", "pretrained", "branch_init"} & set(names)
+    changed = dataclasses.replace(CONFIG, weights="a.pt")
+    assert ("weights", "a.pt") in identity_fields(changed)
+
+
+def test_run_starts_from_weights_and_resumes_without_the_file(tmp_path, trained, digits):
+    file = tmp_path / "w.safetensors"
+    state = dict(read_weights(trained).tensors)
+    save_file({name: value.contiguous() for name, value in state.items()}, file)
+    config = dataclasses.replace(CONFIG, weights=str(file), teach_from=0.0, ema=0.9)
+    straight = make(config, tmp_path / "straight", digits)
+    student = straight.model.student().state_dict()
+    assert all(torch.equal(student[name], value) for name, value in state.items())
+    average = straight.step.average.module.state_dict()
+    assert all(torch.equal(average[name], value) for name, value in state.items())
+    straight.run()
+    log = straight.run_folder.log_path.read_text()
+    assert f"weights from {file} (SHA-256 " in log
+    assert "the other branches start as copies of the student's" in log
+
+    first = make(config, tmp_path / "resumed", digits)
+    first.run(until=1)
+    file.unlink()
+    run = RunFolder.open(tmp_path / "resumed")
+    state, _ = newest_checkpoint(run, print)
+    second = Trainer(config, run, Reporter(quiet=True), digits, saved_data=state["data"])
+    second.resume(state)
+    second.run()
+    assert_equal(outcome(second), outcome(straight))
+    export_run(tmp_path / "resumed", tmp_path / "student.safetensors")
+
+
+def test_late_teaching_starts_from_weights(tmp_path, trained, digits):
+    config = dataclasses.replace(CONFIG, weights=str(trained), teach_from=0.5)
+    trainer = make(config, tmp_path / "run", digits)
+    assert trainer.model.num_branches == 1
+    student = trainer.model.student().state_dict()
+    expected = read_weights(trained).tensors
+    assert all(torch.equal(student[name], value) for name, value in expected.items())
+    trainer.run()
+    assert trainer.model.num_branches == 3
+
+
+def test_relative_path_of_weights_is_stored_absolute(tmp_path, trained, digits, monkeypatch):
+    monkeypatch.chdir(trained.parent)
+    config = dataclasses.replace(CONFIG, weights=trained.name)
+    trainer = make(config, tmp_path / "run", digits)
+    assert trainer.config.weights == str(trained)
+    (initial_weights,) = read_initial(trainer.config)
+    assert initial_weights.classes
+    trainer.start()
+    assert f"weights: {trained}" in (tmp_path / "run/config.yaml").read_text()
