@@ -131,6 +131,10 @@ class BranchedModel(nn.Module):
         self._joins = tuple(joins)
         self.run_branches = one_by_one
         """Runs branches that do not depend on each other; replaceable, e.g. by CUDA streams."""
+        self.frozen: tuple[nn.Module, ...] = ()
+        """Modules that stay in evaluation mode while the model is trained."""
+        self.detach_trunk = False
+        """No gradient reaches the trunk."""
 
     @property
     def num_branches(self) -> int:
@@ -160,6 +164,8 @@ class BranchedModel(nn.Module):
             images = shared
         else:
             images, shared = x, self.trunk(x)
+            if self.detach_trunk:
+                shared = shared.detach()
             if modules is not None:
                 shared = modules.at_split(shared)
             inputs = (shared,) * self.num_branches
@@ -172,6 +178,12 @@ class BranchedModel(nn.Module):
             return BranchOutput(logits, features)
         extras = modules(BranchPass(images, shared, features, logits, branches, context))
         return BranchOutput(logits, features, extras)
+
+    def train(self, mode: bool = True) -> "BranchedModel":
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
     def compile_parts(self, options: dict[str, Any] | None = None) -> None:
         """Compile trunk, branches and the method's modules separately, at their first calls.

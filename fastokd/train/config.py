@@ -133,7 +133,25 @@ class TrainConfig:
     momentum: float = OPTIMIZATION(0.9, "Momentum of SGD", ge=0, lt=1)
     nesterov: bool = OPTIMIZATION(True, "Nesterov momentum of SGD")
     betas: tuple[float, ...] = OPTIMIZATION((0.9, 0.999), "Betas of AdamW", ge=0, lt=1)
-    weight_decay: float = OPTIMIZATION(5e-4, "Weight decay of all parameters", ge=0)
+    weight_decay: float = OPTIMIZATION(5e-4, "Weight decay, see --decay", ge=0)
+    decay: str = OPTIMIZATION(
+        "all",
+        "Parameters with weight decay; norm-bias-free: all but biases and those of normalization",
+        choices=("all", "norm-bias-free"),
+    )
+    trunk_lr: float = OPTIMIZATION(1.0, "Factor of the learning rate in the trunk", gt=0)
+    head_lr: float = OPTIMIZATION(
+        1.0, "Factor of the learning rate in the heads, the part after the feature maps", gt=0
+    )
+    layer_decay: float = OPTIMIZATION(
+        1.0, "Factor of the learning rate for each block between a layer and the output", gt=0, le=1
+    )
+    freeze_epochs: int = OPTIMIZATION(
+        0, "Epochs at the start in which the trunk is not trained", ge=0
+    )
+    head_epochs: int = OPTIMIZATION(
+        0, "Epochs at the start in which only the heads are trained", ge=0
+    )
     clip_grad: float = OPTIMIZATION(0.0, "Maximum norm of the total gradient; 0: no limit", ge=0)
     ema: float = OPTIMIZATION(
         0.0,
@@ -336,7 +354,11 @@ RETIRED = {
     "merge_first_conv": Retired(False, "method_options", "merged first convolutions were removed")
 }
 
-ADDED = ("teach_from", "weights", "pretrained", "branch_init")
+ADDED = (
+    "teach_from",
+    *("weights", "pretrained", "branch_init"),
+    *("decay", "trunk_lr", "head_lr", "layer_decay", "freeze_epochs", "head_epochs"),
+)
 """Fields that earlier versions did not have."""
 
 

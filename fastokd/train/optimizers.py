@@ -12,6 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from fastokd.errors import ConfigError
 from fastokd.models import BranchedModel
 from fastokd.train.config import TrainConfig
+from fastokd.train.param_groups import Settings, parameter_settings
 
 
 class Optimizers:
@@ -39,6 +40,8 @@ class Optimizers:
         _check_parameters(model, device, flat)
         self.lr = torch.tensor(config.lr_at(0.0), dtype=torch.float32, device=device)
         """The learning rate of the run's optimizer, 0-d on the device, read by every update."""
+        self._scaled_lrs: dict[float, Tensor] = {}  # by factor
+        self._frozen: dict[str, Tensor] = {}  # by part, 0-d: 1.0 while it is not trained
         self._clip = config.clip_grad
         self.by_name: dict[str, tuple[Optimizer, list[ParameterTensors]]] = {}
         """PyTorch's optimizers, with their groups of parameters."""
@@ -46,8 +49,13 @@ class Optimizers:
             groups, options = [], []
             for parameters, different in settings:
                 groups.append((FlatParameters if flat else ParameterTensors)(parameters))
+                if (factor := different.pop("lr_factor", 1.0)) != 1.0:
+                    different["lr"] = self._scaled_lrs.setdefault(factor, self.lr * factor)
                 options.append({"params": groups[-1].tensors, **different})
-            self.by_name[name] = _build(name, config, options, self.lr), groups
+            optimizer, _, part = name.partition(" of ")
+            self.by_name[name] = _build(optimizer, config, options, self.lr), groups
+            if part:
+                self._frozen[name] = torch.zeros((), device=device)
         self.groups = [group for _, groups in self.by_name.values() for group in groups]
         self.parts = tuple(part for group in self.groups for part in group.parts)
         """The names of the parameters in each part of the gradient whose norm is taken."""
@@ -57,6 +65,13 @@ class Optimizers:
     def set_lr(self, lr: float | Tensor) -> None:
         """Set the learning rate of the run's optimizer; also between replays of a captured step."""
         self.lr.copy_(lr) if isinstance(lr, Tensor) else self.lr.fill_(lr)
+        for factor, scaled in self._scaled_lrs.items():
+            torch.mul(self.lr, factor, out=scaled)
+
+    def freeze(self, parts: Set[str]) -> None:
+        """Keep the parameters of these parts, see ``frozen_parts``, and train all others."""
+        for name, frozen in self._frozen.items():
+            frozen.fill_(name.partition(" of ")[2] in parts)
 
     def zero_grad(self) -> None:
         """Drop all gradients, so that the next backward pass writes instead of adding to zeros."""
@@ -89,6 +104,10 @@ class Optimizers:
         """
         for group in self.groups:
             group.collect()
+        for name, frozen in self._frozen.items():  # neither the norm nor clipping sees them
+            for group in self.by_name[name][1]:
+                for tensor in group.tensors:
+                    _gradient(tensor).masked_fill_(frozen != 0, 0.0)
         self.norms = torch.cat([group.norms() for group in self.groups])
         norm = (torch.linalg.vector_norm(self.norms) / divisor).float()
         skipped = norm.isfinite().logical_not()
@@ -96,9 +115,12 @@ class Optimizers:
             skipped = skipped | (bad != 0)
         skipped = skipped.float()
         scale = self._scale(norm, divisor)
-        for optimizer, _ in self.by_name.values():
+        for name, (optimizer, _) in self.by_name.items():
+            keep = skipped
+            if name in self._frozen:
+                keep = torch.maximum(skipped, self._frozen[name])
             # The fused kernels read these attributes, as GradScaler sets them.
-            vars(optimizer).update(grad_scale=scale, found_inf=skipped)
+            vars(optimizer).update(grad_scale=scale, found_inf=keep)
             optimizer.step()
         return norm, skipped
 
@@ -178,17 +200,23 @@ def _settings(config: TrainConfig, model: BranchedModel) -> dict[str, _Settings]
         else:
             decay = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
             run.append((parameters, decay))
-    named = [(name, each) for each, name in names.items()]
-    parts = [named]
-    if config.teach_epoch() and config.optimizer != "sgd":
-        # With flat=True the parameters of a group share a step count, and new branches start at 0.
-        student = ("trunk.", f"branches.{model.kept}.")
-        parts = [
-            [pair for pair in named if pair[0].startswith(student) is own] for own in (True, False)
-        ]
-    run[:0] = [(part, {}) for part in parts if part]
-    settings = {config.optimizer: run, "adam": adam}
-    return {name: groups for name, groups in settings.items() if groups}
+    # With flat=True the parameters of a group share a step count, and new branches start at 0.
+    late = config.teach_epoch() and config.optimizer != "sgd"
+    student = ("trunk.", f"branches.{model.kept}.")
+    known = parameter_settings(config, model)
+    groups: dict[tuple[bool, Settings], Named] = {}
+    for each, name in names.items():
+        is_student = bool(late) and name.startswith(student)
+        groups.setdefault((is_student, known[each]), []).append((name, each))
+    settings = {"adam": adam}
+    for (_, own), parameters in groups.items():
+        title = f"{config.optimizer} of {own.part}" if own.part else config.optimizer
+        changes: dict[str, Any] = {} if own.decays else {"weight_decay": 0.0}
+        if own.lr_factor != 1:
+            changes["lr_factor"] = own.lr_factor
+        settings.setdefault(title, []).append((parameters, changes))
+    settings.setdefault(config.optimizer, []).extend(run)
+    return {name: settings[name] for name in sorted(settings, key="adam".__eq__) if settings[name]}
 
 
 def _build(name: str, config: TrainConfig, groups: list[dict[str, Any]], lr: Tensor) -> Optimizer:

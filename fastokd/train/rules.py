@@ -52,6 +52,9 @@ def _rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
         config.optimizer == "sgd" and config.nesterov and config.momentum == 0,
         "nesterov=True: it must be false when momentum is 0",
     )
+    for name in ("freeze_epochs", "head_epochs"):
+        count = getattr(config, name)
+        yield count >= epochs, f"{name}={count}: it must be below epochs={epochs}"
     yield len(config.betas) != 2, f"betas={config.betas!r}: it must be two numbers"
     yield (
         method.needs_index and config.on_nonfinite == "skip",

@@ -75,10 +75,11 @@ class StepRunner:
         return self._static[key]
 
     def _run(self, key: Hashable, body: Callable[[], None]) -> None:
-        """Run a step, or replay the graph captured for a shape of batch."""
+        """Run a step, or replay the graph captured for a shape of batch and the frozen parts."""
         if not self.captures:
             body()
             return
+        key = (key, self.step.frozen)
         if key not in self._captured:
             pools = (step.pool for step in self._captured.values() if step.pool is not None)
             self._captured[key] = CapturedStep(body, self.step.device, next(pools, None))

@@ -26,6 +26,7 @@ from fastokd.train.ema import StudentAverage
 from fastokd.train.guard import FiniteGuard
 from fastokd.train.metrics import MetricSums, correct_counts
 from fastokd.train.optimizers import Optimizers, with_index
+from fastokd.train.param_groups import frozen_parts, parts
 from fastokd.train.precision import (
     LossScale,
     allow_tf32,
@@ -208,6 +209,8 @@ class TrainStep(BranchEvaluator):
         self.kd_weight = torch.ones((), device=device)
         self._schedule: tuple[float, float] | None = None  # the values on the device
         self.number = torch.zeros((), dtype=torch.int64, device=device)
+        self.frozen: frozenset[str] = frozenset()
+        """The parts of the model that are not trained now, see ``frozen_parts``."""
         self.notes: list[str] = []
         """Lines about the initial weights, for the start of a run."""
         self._names: tuple[str, ...] = ()  # of the metrics
@@ -222,6 +225,15 @@ class TrainStep(BranchEvaluator):
                 vars(self.criterion)["graph_inputs"] = torch.compile(
                     self.criterion.graph_inputs, options=COMBINED_KERNELS
                 )
+
+    def start_epoch(self, epoch: int) -> None:
+        """Put the model in training mode, with the frozen parts of a 0-based epoch."""
+        self.frozen = frozen_parts(self.config, epoch)
+        self.model.frozen = tuple(each for part, each in parts(self.model) if part in self.frozen)
+        # Gradients that are exchanged must exist in every step.
+        self.model.detach_trunk = "trunk" in self.frozen and self._parallel is None
+        self.optimizers.freeze(self.frozen)
+        self.model.train()
 
     def set_schedule(self, lr: float, kd_weight: float) -> None:
         """Set the learning rate and the factor of the scheduled terms for the next steps."""

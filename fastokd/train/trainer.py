@@ -371,7 +371,7 @@ class Trainer:
                 step.criterion.fit_held_out(
                     (result.logits, target) for result, target in step.results(self.held_out_loader)
                 )
-        self.model.train()
+        step.start_epoch(self.epoch)
         self.cadence.start()
         counted_until = time.monotonic()
         step.set_schedule(self._lr(self.done), kd_weight)

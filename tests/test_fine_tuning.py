@@ -1,0 +1,228 @@
+"""Learning-rate factors, frozen parts and weight decay of fine-tuning."""
+
+import dataclasses
+
+import pytest
+import torch
+from method_runs import few_digits, make
+from test_interruption import assert_equal, interrupted, outcome
+
+from fastokd.data import Batch
+from fastokd.errors import ConfigError
+from fastokd.methods.method import MethodBatch
+from fastokd.models import create_student
+from fastokd.train.build import build_model
+from fastokd.train.config import TrainConfig, identity_fields
+from fastokd.train.param_groups import blocks, frozen_parts
+from fastokd.train.rules import check_config
+from fastokd.train.step import TrainStep
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(
+    data="digits",
+    model="resnet8",
+    method="ahbf",
+    branches=3,
+    aux_blocks=1,
+    epochs=4,
+    batch_size=32,
+    lr=0.01,
+    device="cpu",
+    deterministic=True,
+    save_minutes=0.0,
+)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return few_digits(64)
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(8, 3, 32, 32, generator=generator)
+    return Batch(images, torch.arange(8), torch.arange(8))
+
+
+def trained_step(config, count=2):
+    """A step after some updates, and the parameters before them."""
+    step = TrainStep(config, build_model(config, 10, CPU), CPU)
+    before = {name: each.detach().clone() for name, each in step.model.named_parameters()}
+    step.start_epoch(0)
+    step.set_schedule(config.lr, 1.0)
+    for _ in range(count):
+        step(batch())
+    return step, before
+
+
+def part_of(name):
+    """The part of a parameter or buffer; empty for the method's modules."""
+    return next((each for each in name.split(".")[:4] if each in ("trunk", "body", "head")), "")
+
+
+FACTORS = {"trunk": 0.1, "body": 1.0, "head": 5.0, "": 1.0}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_update_equals_torch_with_groups_of_its_own(optimizer, flat):
+    config = dataclasses.replace(
+        CONFIG,
+        optimizer=optimizer,
+        flat=flat,
+        trunk_lr=0.1,
+        head_lr=5.0,
+        decay="norm-bias-free",
+        weight_decay=0.1,
+    )
+    step, _ = trained_step(config)
+    model = build_model(config, 10, CPU).train()
+    groups = [
+        {
+            "params": [parameter],
+            "lr": config.lr * FACTORS[part_of(name)],
+            "weight_decay": 0.1 if parameter.dim() > 1 else 0.0,
+        }
+        for name, parameter in model.named_parameters()
+    ]
+    if optimizer == "sgd":
+        expected = torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True, foreach=False)
+    else:
+        expected = torch.optim.AdamW(groups, lr=0.0, foreach=False)
+    data = batch()
+    for _ in range(2):
+        expected.zero_grad()
+        given = MethodBatch(data.target, data.index)
+        step.method.forward_backward(step.criterion, model(data.images), given, kd_weight=1.0)
+        expected.step()
+    for name, parameter in step.model.named_parameters():  # Adam amplifies rounding near zero
+        torch.testing.assert_close(parameter, model.get_parameter(name), rtol=1e-4, atol=1e-5)
+
+
+BLOCKS = (
+    "fc",
+    "layer3.1",
+    "layer3.0",
+    "layer2.1",
+    "layer2.0",
+    "layer1.1",
+    "layer1.0",
+    "bn1",
+    "conv1",
+)
+"""The blocks of ResNet-14 from the output to the input."""
+
+
+def test_layer_decay_multiplies_the_rate_of_each_block():
+    config = dataclasses.replace(
+        CONFIG, model="resnet14", momentum=0.0, nesterov=False, weight_decay=0.0, layer_decay=0.5
+    )
+    step, before = trained_step(config, count=1)
+    plain, _ = trained_step(dataclasses.replace(config, layer_decay=1.0), count=1)
+    names = {id(each): name for name, each in step.model.named_parameters()}
+    for plain_name, each in step.model.live_student().named_parameters():
+        depth = next(at for at, block in enumerate(BLOCKS) if plain_name.startswith(f"{block}."))
+        name = names[id(each)]
+        expected = (plain.model.get_parameter(name) - before[name]) * 0.5**depth
+        torch.testing.assert_close(each - before[name], expected, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "first", "last"),
+    [
+        ("torchvision:resnet18", 11, "Conv2d", "Linear"),
+        ("torchvision:vit_b_16", 15, "Conv2d", "Sequential"),
+        ("torchvision:vgg11", 11, "Conv2d", "Linear"),
+        ("timm:vit_tiny_patch16_224", 15, "PatchEmbed", "Linear"),
+    ],
+)
+def test_blocks_of_library_networks(name, count, first, last):
+    with torch.device("meta"):
+        found = blocks(create_student(name, 10))
+    assert len(found) == count
+    assert (type(found[0]).__name__, type(found[-1]).__name__) == (first, last)
+
+
+def test_defaults_keep_one_group_and_the_identity_of_runs():
+    step = TrainStep(CONFIG, build_model(CONFIG, 10, CPU), CPU)
+    assert list(step.optimizers.by_name) == ["sgd"]
+    assert len(step.optimizers.groups) == 1
+    added = {"decay", "trunk_lr", "head_lr", "layer_decay", "freeze_epochs", "head_epochs"}
+    assert not added & {name for name, _ in identity_fields(CONFIG)}
+
+
+# --- frozen parts
+
+
+@pytest.mark.parametrize(
+    ("freeze", "head", "frozen"),
+    [
+        (2, 0, [{"trunk"}, {"trunk"}, set(), set()]),
+        (0, 1, [{"trunk", "body"}, set(), set(), set()]),
+        (3, 1, [{"trunk", "body"}, {"trunk"}, {"trunk"}, set()]),
+    ],
+)
+def test_frozen_parts_by_epoch(freeze, head, frozen):
+    config = dataclasses.replace(CONFIG, freeze_epochs=freeze, head_epochs=head)
+    assert [set(frozen_parts(config, epoch)) for epoch in range(4)] == frozen
+
+
+@pytest.mark.parametrize("method", ["ahbf", "dml"])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(("field", "frozen"), [("freeze_epochs", 1), ("head_epochs", 2)])
+def test_frozen_parts_do_not_change_in_weights_and_statistics(method, flat, field, frozen):
+    config = dataclasses.replace(CONFIG, method=method, flat=flat, **{field: 1}, ema=0.5)
+    step = TrainStep(config, build_model(config, 10, CPU), CPU)
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
+    step.set_schedule(0.1, 1.0)
+    kinds = ["trunk", "body"][:frozen]
+    for epoch in (0, 1):
+        step.start_epoch(epoch)
+        for _ in range(2):
+            step(batch())
+        changed = {
+            name
+            for name, value in step.model.state_dict().items()
+            if not torch.equal(value, before[name]) and not name.endswith("num_batches_tracked")
+        }
+        parts = {part_of(name) for name in changed}
+        assert bool(parts & set(kinds)) is (epoch == 1)
+        assert "head" in parts
+
+
+def test_frozen_parts_count_neither_for_clipping_nor_for_momentum():
+    config = dataclasses.replace(CONFIG, freeze_epochs=1, head_epochs=1, clip_grad=0.01)
+    step, _ = trained_step(config, count=1)
+    norms = dict(zip(step.optimizers.parts, step.optimizers.norms, strict=True))
+    for (name,), norm in norms.items():
+        assert (norm == 0) == (part_of(name) in ("trunk", "body")), name
+    for name, state in step.optimizers.state_dict().items():
+        if part_of(name) in ("trunk", "body"):
+            assert not state["momentum_buffer"].any(), name
+
+
+@pytest.mark.parametrize("stop", [{"step": 1}, {"step": 3}])
+def test_run_with_a_frozen_phase_resumes_exactly(tmp_path, digits, stop):
+    config = dataclasses.replace(
+        CONFIG, epochs=3, freeze_epochs=2, head_epochs=1, optimizer="adamw", head_lr=2.0, flat=True
+    )
+    straight = make(config, tmp_path / "straight", digits)
+    straight.run()
+    assert_equal(
+        outcome(interrupted(config, tmp_path / "other", digits, **stop)), outcome(straight)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"freeze_epochs": 4}, "freeze_epochs=4: it must be below epochs=4"),
+        ({"head_epochs": 9}, "head_epochs=9: it must be below epochs=4"),
+        ({"layer_decay": 1.5}, "layer_decay=1.5"),
+        ({"trunk_lr": 0.0}, "trunk_lr=0.0"),
+        ({"decay": "none"}, "unknown decay 'none'"),
+    ],
+)
+def test_values_out_of_range_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        check_config(dataclasses.replace(CONFIG, **changes))
