@@ -36,7 +36,7 @@ ROLES = {
     Role.SWITCH: {*("channels_last", "compile", "cuda_graph", "streams", "flat", "cast_once")},
     Role.TRAINED: {
         *("model", "at", "method", "preset", "branches", "topology", "aux_blocks"),
-        *("compression", "method_options", "teach_from"),
+        *("compression", "branch_init", "method_options", "teach_from"),
     },
     Role.OF_METHOD: {
         *("branches", "topology", "preset", "method_options", "ramp_epochs", "teach_from")

@@ -12,6 +12,7 @@ from test_interruption import assert_equal, outcome
 
 from fastokd.errors import CheckpointError, ConfigError
 from fastokd.models import create_model, create_student
+from fastokd.train.compute import kept_branch, student_alone
 from fastokd.train.config import TrainConfig, identity_fields
 from fastokd.train.export_run import export_run
 from fastokd.train.initial import (
@@ -397,3 +398,17 @@ def test_relative_path_of_weights_is_stored_absolute(tmp_path, trained, digits, 
     assert initial_weights.classes
     trainer.start()
     assert f"weights: {trained}" in (tmp_path / "run/config.yaml").read_text()
+
+
+def test_student_alone_starts_from_the_same_weights_at_the_same_split():
+    config = dataclasses.replace(
+        CONFIG, model="timm:test_resnet", at="layer3", weights="a.pt", branch_init="fresh"
+    )
+    alone = student_alone(dataclasses.replace(config, freeze_epochs=1))
+    assert (alone.weights, alone.branch_init, alone.at) == ("a.pt", None, "layer3")
+    assert student_alone(config).at is None
+    peers = dataclasses.replace(
+        CONFIG, model="resnet8,resnet14", method="dml", branches=None, weights="a.pt, b.pt"
+    )
+    assert student_alone(peers).weights == ("a.pt", "b.pt")[kept_branch(peers)]
+    check_config(alone)

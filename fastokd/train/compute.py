@@ -118,7 +118,8 @@ def student_network(config: TrainConfig) -> str:
 
 def student_alone(config: TrainConfig) -> TrainConfig:
     """The configuration of the student alone: without the layout and the options of the method,
-    except label smoothing, which needs no teacher. All other fields are unchanged.
+    except label smoothing, which needs no teacher. It starts from the same weights, and keeps the
+    split if parts of the network are trained differently. All other fields are unchanged.
     """
     defaults: Mapping[str, Any] = vars(TrainConfig())
     own = fields_with_role(Role.TRAINED | Role.OF_METHOD)
@@ -131,6 +132,10 @@ def student_alone(config: TrainConfig) -> TrainConfig:
         "model": student_network(config),
         "method_options": smoothing,
     }
+    if len(config.model_names()) > 1 and config.weights:
+        changes["weights"] = config.weights.split(",")[kept_branch(config)].strip()
+    if config.freeze_epochs or config.trunk_lr != 1:
+        changes["at"] = config.at
     return replace(config, **changes)
 
 

@@ -84,12 +84,9 @@ class TrainConfig:
         "",
         "Start from trained weights: a file (.safetensors, .pt, .pth) or a run folder; for several"
         " networks one each, separated by commas",
-        role=TRAINED,
     )
     pretrained: bool = MODEL(
-        False,
-        "Start from the trained weights that torchvision or timm publishes for the network",
-        role=TRAINED,
+        False, "Start from the trained weights that torchvision or timm publishes for the network"
     )
     branch_init: str | None = MODEL(
         None,
