@@ -21,6 +21,11 @@ class Metric(NamedTuple):
         """The number in a table; empty if it was not measured."""
         return "" if value is None else f"{self.scale * value:.{self.digits}f}"
 
+    def words(self, value: float) -> str:
+        """The number in a sentence: "ECE 1.50 %"."""
+        name, _, unit = self.heading.partition(" ")
+        return f"{name} {self.text(value)} {unit}".rstrip()
+
 
 METRICS = {
     "top5": Metric("top-5 %", 100, 2),

@@ -209,5 +209,5 @@ def test_run_prints_metrics_and_eval_repeats_them(tmp_path, capsys, digits_confi
     assert "top-5 %, NLL, ECE %: of the last epoch" in first
     said(capsys, "export", out, "--device", "cpu")
     text = said(capsys, "eval", out / "export", "--data", "digits", "--device", "cpu")
-    assert "top-5 % {}, NLL {}, ECE % {}".format(*numbers) in text
+    assert "top-5 {} %, NLL {}, ECE {} %".format(*numbers) in text
     assert json.loads((out / "summary.json").read_text())["last"] == last["eval"]

@@ -65,10 +65,8 @@ def _evaluate_export(path: Path, data: str | None, split: str | None, device: st
         f" {100 * stored['top1']:.2f} % on {escape(stored['data'])}, {stored['num_images']}"
         f" {escape(stored['split'])} images)"
     )
-    shown = {key: metric for key, metric in METRICS.items() if key in result.metrics}
-    say(
-        ", ".join(f"{each.heading} {each.text(result.metrics[key])}" for key, each in shown.items())
-    )
+    values = result.metrics
+    say(", ".join(metric.words(values[key]) for key, metric in METRICS.items() if key in values))
 
 
 def analyze(

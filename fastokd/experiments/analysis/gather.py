@@ -128,12 +128,21 @@ def gather(
         mixture: {name: torch.cat(parts) for name, parts in by_input.items()}
         for mixture, by_input in mixing.items()
     }
-    top5 = top5s / done if num_classes > 5 else None
-    distances = (softmax_sums / done, logit_sums / errors)
     features = dict(zip(branches, kept[2:], strict=True))
-    images = (labels, predictions, confidences)
-    means = (cross_entropies / done, top5, *distances)
-    return Gathered(rows, student, *images, *means, mixing_weights, features, kept[1])
+    return Gathered(
+        rows,
+        student,
+        labels,
+        predictions,
+        confidences,
+        cross_entropies / done,
+        top5s / done if num_classes > 5 else None,
+        softmax_sums / done,
+        logit_sums / errors,
+        mixing_weights,
+        features,
+        kept[1],
+    )
 
 
 def _first(count: int, before: list[Tensor], new: list[Tensor]) -> list[Tensor]:

@@ -42,9 +42,8 @@ def metric_cells(group: Group) -> dict[str, Any]:
 def _values(group: Group, key: str) -> list[float]:
     """The metric of each counted run; empty if only some of them have recorded it."""
     values = [run.metric(key) for run in group.counted]
-    return [
-        METRICS[key].scale * value for value in values if value is not None and None not in values
-    ]
+    known = [METRICS[key].scale * value for value in values if value is not None]
+    return known if len(known) == len(values) else []
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
