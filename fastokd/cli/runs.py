@@ -99,8 +99,8 @@ def analyze(
 _COLUMNS = (
     ("accuracy\n%", "accuracy", 100, ".2f"),
     ("top-5\n%", "top5_accuracy", 100, ".2f"),
-    ("cross-\nentropy", "cross_entropy", 1, ".3f"),
-    ("calibration\nerror %", "calibration_error", 100, ".2f"),
+    ("NLL", "cross_entropy", 1, ".3f"),
+    ("ECE\n%", "calibration_error", 100, ".2f"),
     ("agreement\n%", "agreement", 100, ".2f"),
     ("logit\ndistance", "logit_distance", 1, ".3f"),
     ("softmax\ndistance", "softmax_distance", 1, ".3f"),
