@@ -24,6 +24,7 @@ from fastokd.experiments.analysis import diversity
 from fastokd.experiments.analysis.study import MEASURES, analyze_run, measures
 from fastokd.experiments.analysis.study_figures import NAMES, draw_study
 from fastokd.methods import get_method
+from fastokd.metrics import ECE_BINS, calibration
 from fastokd.train.config import TrainConfig
 from fastokd.train.runs import load_run
 from fastokd.train.step import BranchEvaluator
@@ -112,14 +113,14 @@ class TestFormulas:
             oracle.class_means(confidences[0], labels, classes),
         )
         found, expected = (
-            diversity.calibration(torch.from_numpy(confidences[0]), mine[2][0]),
-            oracle.calibration(confidences[0], right[0], diversity.ECE_BINS),
+            calibration(torch.from_numpy(confidences[0]), mine[2][0]),
+            oracle.calibration(confidences[0], right[0], ECE_BINS),
         )
         for value, other in zip((*found, found.error), expected, strict=True):
             close(value, other)
 
     def test_calibration_bin_includes_upper_edge(self):
-        found = diversity.calibration(
+        found = calibration(
             torch.tensor([0.5, 0.5, 1.0], dtype=torch.float64),
             torch.tensor([True, False, False]),
             bins=2,
@@ -127,9 +128,7 @@ class TestFormulas:
         assert found.images.tolist() == [2, 1]
         assert found.error == pytest.approx(1 / 3)
         assert (
-            diversity.calibration(
-                torch.ones(4, dtype=torch.float64), torch.ones(4, dtype=torch.bool)
-            ).error
+            calibration(torch.ones(4, dtype=torch.float64), torch.ones(4, dtype=torch.bool)).error
             == 0
         )
 
@@ -227,10 +226,16 @@ def test_run_measures_match_formulas(ahbf):
     near(found["any_branch_right"], right[:3].any(0).mean())
     for index, name in enumerate(names):
         assert found["accuracy"][name] == right[index].mean()
+        assert found["top5_accuracy"][name] == np.mean(
+            [
+                label in np.argsort(row)[-5:]
+                for row, label in zip(logits[index], labels, strict=True)
+            ]
+        )
         near(found["cross_entropy"][name], -np.log(p[index, np.arange(100), labels]).mean())
         near(found["confidence"][name], p[index].max(1).mean())
         counts, accuracy, confidence, error = oracle.calibration(
-            p[index].max(1), right[index], diversity.ECE_BINS
+            p[index].max(1), right[index], ECE_BINS
         )
         near(found["calibration_error"][name], error)
         assert list(found["bin_count"][name].values()) == counts

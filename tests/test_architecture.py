@@ -18,7 +18,7 @@ PACKAGE = ROOT / "fastokd"
 PUBLIC_LOSSES = "fastokd.losses"
 ORDER = [
     {"version", "errors", "_moved"},
-    {"limits", "registry", "ranks", "storage"},
+    {"limits", "metrics", "registry", "ranks", "storage"},
     {"graph"},
     {"kernels", "_native"},
     {"ops"},

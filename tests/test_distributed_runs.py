@@ -159,9 +159,12 @@ def test_metrics_equal_one_process_over_all_images(folder, name, images, monkeyp
     run = load_run(folder / name)
     measured = run.evaluator.measure(run.loader)
     assert measured.accuracies == ended(folder, name)["last"] == run.state["last"]
-    recorded = RunFolder(folder / name).read_metrics()[-1]["mixing"]
-    assert recorded.keys() == measured.mixing.keys() == {"ta2"}
-    assert recorded["ta2"] == pytest.approx(measured.mixing["ta2"], rel=1e-5)
+    recorded = RunFolder(folder / name).read_metrics()[-1]
+    assert recorded["mixing"].keys() == measured.mixing.keys() == {"ta2"}
+    assert recorded["mixing"]["ta2"] == pytest.approx(measured.mixing["ta2"], rel=1e-5)
+    assert recorded["metrics"].keys() == measured.metrics.keys() >= {"nll", "ece"}
+    for metric, values in measured.metrics.items():
+        assert recorded["metrics"][metric] == pytest.approx(values, rel=1e-5)
 
 
 def test_random_layers_differ_between_processes(folder):

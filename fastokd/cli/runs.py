@@ -11,6 +11,7 @@ from fastokd.errors import escape
 from fastokd.experiments.analysis.study import analyze_run
 from fastokd.export import list_formats
 from fastokd.export.evaluate import evaluate_export
+from fastokd.metrics import METRICS
 from fastokd.train.distributed import choose_device
 from fastokd.train.export_run import export_run
 from fastokd.train.runs import load_run
@@ -23,7 +24,8 @@ def evaluate(
     split: str | None = None,
     device: str = "auto",
 ) -> None:
-    """Measure the accuracy of a run (every branch and teacher assistant) or of an exported student.
+    """Measure the accuracy, top-5 accuracy, negative log-likelihood (NLL) and expected calibration
+    error (ECE) of a run (every branch and teacher assistant) or of an exported student.
 
     Args:
         path: Run folder, or an exported student: a file of any format, or the folder that holds it
@@ -41,10 +43,13 @@ def evaluate(
         f"{path}: {which} checkpoint, {run.state['epoch']} epochs; {run.dataset.name},"
         f" {len(images)} {images.name} images"
     )
-    table = make_table("row", "accuracy %")
-    for name, value in run.evaluator.evaluate(run.loader).items():
+    result = run.evaluator.measure(run.loader)
+    shown = {key: metric for key, metric in METRICS.items() if key in result.metrics}
+    table = make_table("row", "accuracy %", *(metric.heading for metric in shown.values()))
+    for name, value in result.accuracies.items():
         student = name == run.evaluator.reported
-        table.add_row(f"{name} (student)" if student else name, f"{100 * value:.2f}")
+        more = (metric.text(result.metrics[key].get(name)) for key, metric in shown.items())
+        table.add_row(f"{name} (student)" if student else name, f"{100 * value:.2f}", *more)
     print_table(table)
 
 
@@ -60,6 +65,8 @@ def _evaluate_export(path: Path, data: str | None, split: str | None, device: st
         f" {100 * stored['top1']:.2f} % on {escape(stored['data'])}, {stored['num_images']}"
         f" {escape(stored['split'])} images)"
     )
+    values = result.metrics
+    say(", ".join(metric.words(values[key]) for key, metric in METRICS.items() if key in values))
 
 
 def analyze(
@@ -91,8 +98,9 @@ def analyze(
 
 _COLUMNS = (
     ("accuracy\n%", "accuracy", 100, ".2f"),
-    ("cross-\nentropy", "cross_entropy", 1, ".3f"),
-    ("calibration\nerror %", "calibration_error", 100, ".2f"),
+    ("top-5\n%", "top5_accuracy", 100, ".2f"),
+    ("NLL", "cross_entropy", 1, ".3f"),
+    ("ECE\n%", "calibration_error", 100, ".2f"),
     ("agreement\n%", "agreement", 100, ".2f"),
     ("logit\ndistance", "logit_distance", 1, ".3f"),
     ("softmax\ndistance", "softmax_distance", 1, ".3f"),
@@ -106,10 +114,11 @@ def _print_analysis(record: Mapping[str, Any]) -> None:
         f" {record['data']}, {record['images']} {record['split']} images, of which {student} gets"
         f" {record['student_errors']} wrong"
     )
-    table = make_table("row", *(heading for heading, *_ in _COLUMNS))
+    columns = [column for column in _COLUMNS if column[1] in measures]
+    table = make_table("row", *(heading for heading, *_ in columns))
     for name in record["rows"]:
         cells = []
-        for _, key, factor, form in _COLUMNS:
+        for _, key, factor, form in columns:
             values = measures[key]["values"]
             if len(measures[key]["axes"]) == 2:  # compared with the student
                 value = None if name == student else values[student][name]

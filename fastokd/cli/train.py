@@ -189,7 +189,7 @@ def _train_here(
             if ranks.is_main:
                 trainer.run_folder.discard_without_checkpoint()
         if ranks.is_main:
-            _print_summary(summary, trainer.student_name, trainer.run_folder.path)
+            _print_summary(summary, trainer.student_name, trainer.run_folder)
     return EXIT_OK
 
 
@@ -223,19 +223,26 @@ def _parse_sizes(items: Sequence[str]) -> dict[int, int]:
     return sizes
 
 
-def _print_summary(summary: Any, kept: str, path: Path) -> None:
-    table = make_table(
-        "row", f"last epoch ({summary.epochs})", f"best epoch ({summary.best_epoch + 1})"
-    )
+def _print_summary(summary: Any, kept: str, folder: Any) -> None:
+    from fastokd.metrics import METRICS
+
+    metrics = folder.read_metrics()[-1].get("metrics", {})
+    shown = {key: metric for key, metric in METRICS.items() if key in metrics}
+    headings = [metric.heading for metric in shown.values()]
+    epochs = f"last epoch ({summary.epochs})", f"best epoch ({summary.best_epoch + 1})"
+    table = make_table("row", *epochs, *headings)
     for name in summary.last:
         table.add_row(
             f"{name} (student)" if name == kept else name,
             f"{100 * summary.last[name]:.2f} %",
             f"{100 * summary.best[name]:.2f} %",
+            *(metric.text(metrics[key].get(name)) for key, metric in shown.items()),
         )
     print_table(table)
     say(
         f"{summary.images_per_second:.0f} img/s, {summary.seconds:.1f} s of training; best = the"
         " student's best epoch on the evaluation split"
     )
-    say(f"student: {summary.student}   run: {path}")
+    if shown:
+        say(f"{', '.join(headings)}: of the last epoch")
+    say(f"student: {summary.student}   run: {folder.path}")

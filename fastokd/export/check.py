@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastokd.data import Batch
 from fastokd.errors import CheckpointError
+from fastokd.metrics import metric_sums, metrics_of
 
 Network = nn.Module | Callable[[Tensor], Tensor]
 """A function from images [B, 3, H, W] to logits [B, C]."""
@@ -27,15 +28,16 @@ class Comparison(NamedTuple):
     accuracy: float
 
 
-@torch.no_grad()
 def measure_accuracy(student: Network, batches: Iterable[Batch]) -> float:
     """The top-1 accuracy in [0, 1] of a plain network over all batches."""
-    correct, count = torch.zeros((), dtype=torch.int64), 0
-    for batch in batches:
-        matches = student(batch.images).argmax(1) == batch.target
-        correct = correct.to(matches.device) + matches.sum()
-        count += len(matches)
-    return int(correct) / count
+    return measure_metrics(student, batches)["accuracy"]
+
+
+@torch.no_grad()
+def measure_metrics(student: Network, batches: Iterable[Batch]) -> dict[str, float]:
+    """The metrics of a plain network over all batches, at least one, see ``metrics_of``."""
+    first, *rest = (metric_sums(student(batch.images), batch.target) for batch in batches)
+    return metrics_of(sum(rest, first))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Accuracy of an exported student, with the preprocessing that its record describes."""
+"""Metrics of an exported student, with the preprocessing that its record describes."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,12 +8,12 @@ import torch
 from fastokd.data import Augment, FileSplit, open_evaluation
 from fastokd.data.loader import best_file_loader, get_loader_kind
 from fastokd.errors import CheckpointError, ConfigError, DataError, escape, summarize
-from fastokd.export.check import measure_accuracy
+from fastokd.export.check import measure_metrics
 from fastokd.export.files import open_export
 
 
 class ExportAccuracy(NamedTuple):
-    """The accuracy of an export on a split of a dataset."""
+    """The metrics of an export on a split of a dataset."""
 
     file: Path
     record: dict[str, Any]
@@ -22,6 +22,8 @@ class ExportAccuracy(NamedTuple):
     num_images: int
     accuracy: float
     """Top-1 in [0, 1]."""
+    metrics: dict[str, float]
+    """Those of ``metrics_of``."""
 
 
 def evaluate_export(
@@ -72,5 +74,6 @@ def evaluate_export(
         sizes = f"the images are {size}, the student takes {height} x {width}"
         raise DataError(f"{opened.name}: {sizes}; scale them to that size")
     loader = get_loader_kind(name).make(images, 256, False, runtime.device, 0, **settings)
-    accuracy = measure_accuracy(runtime.run, loader)
-    return ExportAccuracy(file, record, opened.name, images.name, len(images), accuracy)
+    metrics = measure_metrics(runtime.run, loader)
+    where = opened.name, images.name, len(images)
+    return ExportAccuracy(file, record, *where, metrics["accuracy"], metrics)

@@ -351,12 +351,15 @@ class Agreement:
         return int(self._value)
 
 
-def sum_counts(right: Mapping[str, Tensor], count: int) -> tuple[dict[str, int], int]:
-    """Sum correct answers by name (none without images), and images, over all processes."""
-    own = {name: int(value) for name, value in right.items()}
-    rights, counts = zip(*gather_states((own, count)), strict=True)
-    names = max(rights, key=len)
-    return {name: sum(each.get(name, 0) for each in rights) for name in names}, sum(counts)
+def sum_counts(sums: Mapping[str, Tensor], count: int) -> tuple[dict[str, Tensor], int]:
+    """Sum tensors by name (none without images), and images, over all processes; on the CPU."""
+    own = {name: value.cpu() for name, value in sums.items()}
+    parts, counts = zip(*gather_states((own, count)), strict=True)
+    totals = {
+        name: torch.stack([part[name] for part in parts if part]).sum(0)
+        for name in max(parts, key=len)
+    }
+    return totals, sum(counts)
 
 
 @contextlib.contextmanager

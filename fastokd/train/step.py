@@ -16,6 +16,7 @@ from fastokd.export import load_weights
 from fastokd.losses.method_loss import MethodLoss
 from fastokd.methods import get_method
 from fastokd.methods.method import MethodBatch
+from fastokd.metrics import metric_sums, metrics_of
 from fastokd.models import BranchedModel, BranchOutput
 from fastokd.models.layers import uncounted_batches
 from fastokd.ranks import sum_over_ranks
@@ -56,12 +57,19 @@ _STREAM_WARNING = "set_warn_on_accumulate_grad_stream_mismatch"
 
 class Evaluation(NamedTuple):
     """The metrics of a split: the accuracies in [0, 1] of every branch and mixture, and
-    ``branch_mean`` for methods whose published number that is; and the mean weights of the inputs
-    of each mixture whose weights are computed at run time.
+    ``branch_mean`` for methods whose published number that is; the mean weights of the inputs of
+    each mixture whose weights are computed at run time; and for each other metric of ``metrics_of``
+    the values of every branch and mixture.
     """
 
     accuracies: dict[str, float]
     mixing: dict[str, dict[str, float]]
+    metrics: dict[str, dict[str, float]]
+
+    def record(self) -> dict[str, Any]:
+        """The entries of an epoch's record."""
+        mixing = {"mixing": self.mixing} if self.mixing else {}
+        return {"eval": self.accuracies, "metrics": self.metrics, **mixing}
 
 
 class BranchEvaluator:
@@ -140,28 +148,33 @@ class BranchEvaluator:
 
     def measure(self, batches: Iterable[Batch]) -> Evaluation:
         """Evaluate every branch and mixture on all samples of all processes, each counted once."""
-        right: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
         count = 0
         nodes = self.criterion.graph.dynamic_mixtures
         mixed = [(node.name, name) for node in nodes for name in node.inputs]
         weights = torch.zeros(len(mixed), dtype=torch.float64, device=self.device)
         for result, rows, target in self.measured(batches):
-            counts = zip(rows, correct_counts(tuple(rows.values()), target), strict=True)
-            right = {name: right.get(name, 0) + value for name, value in counts}
+            for name, row in rows.items():
+                more = metric_sums(row, target)
+                sums[name] = sums[name] + more if name in sums else more
             if mixed:
                 gates = self.mixing_weights(result, target)
                 values = torch.stack([gates[mixture][name] for mixture, name in mixed])
                 weights += values.sum(1, dtype=torch.float64)
             count += target.shape[0]
-        rights, count = sum_counts(right, count)
-        accuracies = {name: value / count for name, value in rights.items()}
+        totals, count = sum_counts(sums, count)
+        metrics: dict[str, dict[str, float]] = {}
+        for name, total in totals.items():
+            for metric, value in metrics_of(total).items():
+                metrics.setdefault(metric, {})[name] = value
+        accuracies = metrics.pop("accuracy", {})
         if self.method.reports_mean:
             branches = self.criterion.graph.logits[: self.criterion.num_branches]
             accuracies["branch_mean"] = sum(accuracies[name] for name in branches) / len(branches)
         mixing: dict[str, dict[str, float]] = {}
         for (mixture, name), total in zip(mixed, sum_over_ranks(weights).tolist(), strict=True):
             mixing.setdefault(mixture, {})[name] = total / count
-        return Evaluation(accuracies, mixing)
+        return Evaluation(accuracies, mixing, metrics)
 
 
 class TrainStep(BranchEvaluator):

@@ -70,6 +70,7 @@ from fastokd.train.runs import (
     run_identity,
 )
 from fastokd.train.signals import StopSignals
+from fastokd.train.step import Evaluation
 from fastokd.train.teacher import check_teacher, open_teacher, with_absolute_teacher
 
 MAX_SKIPPED = 20
@@ -333,7 +334,7 @@ class Trainer:
                 self._train_epoch()
             self.reporter.evaluating()
             self.step.mean_statistics()
-            self._finish_epoch(*self.step.measure(self._evaluation_batches()))
+            self._finish_epoch(self.step.measure(self._evaluation_batches()))
 
     @property
     def _is_alone(self) -> bool:
@@ -404,17 +405,15 @@ class Trainer:
                 self._stop()
         self.cadence.settle()
 
-    def _finish_epoch(
-        self, accuracies: dict[str, float], mixing: dict[str, dict[str, float]]
-    ) -> None:
+    def _finish_epoch(self, result: Evaluation) -> None:
         """Record, save and report an epoch."""
+        accuracies = result.accuracies
         record = {
             "epoch": self.epoch,
             "lr": self._lr(self.done - 1),
             "kd_weight": self.config.kd_weight_at(self.epoch),
             "train": self.step.sums.means(of_all=True),
-            "eval": accuracies,
-            **({"mixing": mixing} if mixing else {}),
+            **result.record(),
             "seconds": round(self._trained, 3),
             "images_per_second": round(self.done * self.config.batch_size / self._trained, 1),
             "waiting_share": round(self.throughput.waiting_share(), 4),

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from fastokd.errors import CheckpointError, ConfigError, MissingExtra
 from fastokd.experiments.analysis.latency import Latencies, machine, measure_latencies
+from fastokd.experiments.analysis.metric_table import metric_cells, metric_tables
 from fastokd.experiments.analysis.page import page, remarks_section
 from fastokd.experiments.analysis.runs import SAME_RUN, Group, Run, remarks_of
 from fastokd.experiments.analysis.tables import (
@@ -121,10 +122,13 @@ class Comparison:
     measured_on: str
 
     def tables(self) -> list[Table]:
-        """Errors, their differences, costs of students and of training, and the single runs."""
+        """Errors, their differences, other metrics, costs of students and of training, and the
+        single runs.
+        """
         return [
             _error_table(self),
             _difference_table(self),
+            *metric_tables([row.group for row in self.rows]),
             _student_table(self),
             _training_table(self),
             _run_table(self),
@@ -535,6 +539,7 @@ def _csv_row(row: Row) -> dict[str, Any]:
         cells[f"{name}_error_mean"] = statistics.mean(values) if values else ""
         cells[f"{name}_error_std"] = statistics.stdev(values) if len(values) > 1 else ""
         cells[f"{name}_error_by_seed"] = " ".join(map(repr, values))
+    cells |= metric_cells(row.group)
     for prefix, reference in (("", row.equal_epochs), ("equal_compute_", row.equal_compute)):
         if reference.test is not None:
             differences = reference.test.differences

@@ -1,17 +1,12 @@
-"""Diversity and calibration of classifiers: formulas on tensors.
+"""Diversity of classifiers: formulas on tensors.
 
 K classifiers look at N images of C classes. ``predictions`` [K, N] and ``labels`` [N] are int64,
 ``right`` [K, N] is bool; results are float64. A value that is not defined, such as a mean over no
 images, is NaN.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-
-ECE_BINS = 15
-"""Bins of the calibration error, of equal width (Guo et al. use 15)."""
 
 
 def interrater_agreement(right: Tensor) -> float:
@@ -96,38 +91,6 @@ def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> T
     return torch.bincount(labels * num_classes + predictions, minlength=num_classes**2).reshape(
         num_classes, num_classes
     )
-
-
-class Calibration(NamedTuple):
-    """The images of a classifier by its confidence, in bins (low, high] of equal width over [0, 1];
-    each [bins].
-    """
-
-    images: Tensor
-    """Their number."""
-    accuracy: Tensor
-    """Of the bin's images; NaN in an empty bin."""
-    confidence: Tensor
-    """The mean over the bin's images; NaN in an empty bin."""
-
-    @property
-    def error(self) -> float:
-        """``sum_b n_b / N |accuracy_b - confidence_b|`` (Guo et al., ICML 2017, eq. 3)."""
-        gaps = (self.accuracy - self.confidence).abs().nan_to_num()
-        return float((self.images * gaps).sum() / self.images.sum())
-
-
-def calibration(confidences: Tensor, right: Tensor, bins: int = ECE_BINS) -> Calibration:
-    """The accuracy at each confidence, from the largest softmax probability of each image, float64
-    [N], and ``right``, bool [N].
-    """
-    inner = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
-    place = torch.bucketize(confidences, inner)
-    count, accuracy, confidence = (
-        torch.zeros(bins, dtype=torch.float64).index_add_(0, place, value.double())
-        for value in (torch.ones_like(right), right, confidences)
-    )
-    return Calibration(count, accuracy / count, confidence / count)
 
 
 def class_means(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastokd.data import Batch
 from fastokd.errors import CheckpointError
 from fastokd.experiments.analysis.diversity import pairwise_distances
+from fastokd.metrics import in_top5
 from fastokd.train.step import BranchEvaluator
 
 
@@ -25,6 +26,7 @@ class Gathered:
         predictions: int64 [R, N].
         confidences: of the predictions, float64 [R, N].
         cross_entropies: the mean over the images, float64 [R].
+        top5: the top-5 accuracies, float64 [R]; None for up to five classes.
         softmax_distances: float64 [R, R], the mean Euclidean distance of softmax outputs over all
             images.
         logit_distances: float64 [R, R], that of logits over the images that the student gets wrong;
@@ -42,6 +44,7 @@ class Gathered:
     predictions: Tensor
     confidences: Tensor
     cross_entropies: Tensor
+    top5: Tensor | None
     softmax_distances: Tensor
     logit_distances: Tensor
     mixing: dict[str, dict[str, Tensor]]
@@ -83,20 +86,22 @@ def gather(
     mixing: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     kept: list[Tensor] = []  # of the errors that are shown: keys, labels, features of every branch
     rows: tuple[str, ...] = ()
-    sums: tuple[Tensor, ...] = (torch.zeros((), dtype=torch.float64),) * 3
-    done = 0
+    sums: tuple[Tensor, ...] = (torch.zeros((), dtype=torch.float64),) * 4
+    done = num_classes = 0
     for result, named, target in evaluator.measured(batches):
         rows = tuple(named)
         logits = torch.stack([row.double() for row in named.values()])
         if not logits.isfinite().all():
             problem = f"the logits are non-finite from image {done + 1} on"
             raise CheckpointError(f"{problem}; choose another checkpoint with --which")
+        num_classes = logits.shape[2]
         log_p = logits.log_softmax(2)
         confidences, predictions = log_p.exp().max(2)
         wrong = predictions[rows.index(evaluator.reported)] != target
         cross_entropies = -log_p.gather(2, target.expand(len(rows), -1)[..., None]).sum((1, 2))
         batch_sums = (
             cross_entropies,
+            in_top5(logits, target).sum(1),
             pairwise_distances(log_p.exp()).sum(2),
             pairwise_distances(logits[:, wrong]).sum(2),
         )
@@ -115,7 +120,7 @@ def gather(
         torch.cat(parts, -1) for parts in zip(*columns, strict=True)
     )
     student = rows.index(evaluator.reported)
-    cross_entropies, softmax_sums, logit_sums = (value.cpu() for value in sums)
+    cross_entropies, top5s, softmax_sums, logit_sums = (value.cpu() for value in sums)
     errors = int((predictions[student] != labels).sum())
     criterion = evaluator.criterion
     branches = criterion.graph.logits[: criterion.num_branches]
@@ -123,10 +128,21 @@ def gather(
         mixture: {name: torch.cat(parts) for name, parts in by_input.items()}
         for mixture, by_input in mixing.items()
     }
-    means = (cross_entropies / done, softmax_sums / done, logit_sums / errors)
     features = dict(zip(branches, kept[2:], strict=True))
-    images = (labels, predictions, confidences)
-    return Gathered(rows, student, *images, *means, mixing_weights, features, kept[1])
+    return Gathered(
+        rows,
+        student,
+        labels,
+        predictions,
+        confidences,
+        cross_entropies / done,
+        top5s / done if num_classes > 5 else None,
+        softmax_sums / done,
+        logit_sums / errors,
+        mixing_weights,
+        features,
+        kept[1],
+    )
 
 
 def _first(count: int, before: list[Tensor], new: list[Tensor]) -> list[Tensor]:

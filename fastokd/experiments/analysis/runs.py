@@ -84,6 +84,10 @@ class Run:
             names = [name for name in accuracies if re.fullmatch(r"branch\d+", name)]
         return statistics.mean(100 * (1 - accuracies[name]) for name in names)
 
+    def metric(self, name: str) -> float | None:
+        """The student's "top5", "nll" or "ece" in the last epoch; None if it is not recorded."""
+        return (self.last.get("metrics") or {}).get(name, {}).get(self.student)
+
     def shown(self, fact: str) -> str:
         """An entry of ``evaluated`` in words."""
         value = self.evaluated[fact]

@@ -15,6 +15,7 @@ from fastokd.errors import ConfigError
 from fastokd.experiments.analysis import diversity
 from fastokd.experiments.analysis.gather import Gathered, gather
 from fastokd.experiments.analysis.study_figures import draw_study
+from fastokd.metrics import ECE_BINS, calibration
 from fastokd.storage import write_json
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.runs import LoadedRun, load_run
@@ -41,6 +42,8 @@ class Measure(NamedTuple):
 _TABLE = """
 accuracy [row]: accuracy
     Fraction of images whose class has the largest logit.
+top5_accuracy [row]: top-5 accuracy
+    Fraction of images whose class is among the five largest logits.
 cross_entropy [row]: cross-entropy
     Mean of -log p(label), in nats.
 confidence [row]: mean confidence
@@ -211,14 +214,16 @@ def measures(
 
 def _row_measures(found: Gathered, classes: Sequence[str]) -> dict[str, Any]:
     rows, right, labels = found.rows, found.right, found.labels
-    width = 1 / diversity.ECE_BINS
-    edges = [f"{i * width:.3f}-{(i + 1) * width:.3f}" for i in range(diversity.ECE_BINS)]
-    bins = list(map(diversity.calibration, found.confidences, right))
+    width = 1 / ECE_BINS
+    edges = [f"{i * width:.3f}-{(i + 1) * width:.3f}" for i in range(ECE_BINS)]
+    bins = list(map(calibration, found.confidences, right))
     class_accuracy = [diversity.class_means(hit, labels, len(classes)) for hit in right]
     predictions = found.predictions[found.student]
     confusion = diversity.confusion_matrix(predictions, labels, len(classes)).tolist()
+    top5 = {} if found.top5 is None else {"top5_accuracy": _named(found.top5, rows)}
     return {
         "accuracy": _named(right.double().mean(1), rows),
+        **top5,
         "cross_entropy": _named(found.cross_entropies, rows),
         "confidence": _named(found.confidences.mean(1), rows),
         "calibration_error": _named([each.error for each in bins], rows),

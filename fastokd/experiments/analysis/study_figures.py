@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastokd.errors import MissingExtra
 from fastokd.experiments.analysis import figures
-from fastokd.experiments.analysis.diversity import ECE_BINS
 from fastokd.experiments.analysis.figures import panel_grid
 from fastokd.experiments.analysis.gather import Gathered
+from fastokd.metrics import ECE_BINS
 from fastokd.storage import storage_error
 
 NAMES = ("tsne", "distances", "agreement", "reliability", "confusion", "mixing", "mixing-by-epoch")
