@@ -595,8 +595,8 @@ def test_wrong_teacher_options_are_refused(tmp_path, digits, teacher_run):
     with pytest.raises(
         ConfigError,
         match=(
-            r"teacher_normalization='imagenet' is for networks of torchvision and timm, not for"
-            r" teacher="
+            r"teacher_normalization='imagenet' is for networks of torchvision and timm with weights"
+            r" in a file, not for teacher="
         ),
     ):
         opened(teacher_run, digits, teacher_normalization="imagenet")

@@ -291,10 +291,8 @@ class GraphLoss(nn.Module):
         teacher = teacher.detach()
         if is_external:
             return given._replace(externals={**given.externals, name: teacher})
-        if target is not None:
-            # A teacher may run in another precision than the student.
-            teacher = teacher.to(given.logits[0].dtype)
-        return given._replace(logits=[*given.logits, teacher])
+        # A teacher may run in another precision than the student.
+        return given._replace(logits=[*given.logits, teacher.to(given.logits[0].dtype)])
 
     # --- the loss
 
