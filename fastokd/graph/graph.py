@@ -79,14 +79,13 @@ class Graph:
         """
         where = f"graph '{self.name}'"
         _require(not self.teacher, f"{where} has a frozen teacher already, '{self.teacher}'")
-        kinds: dict[str, type[Logits | External]]
-        kinds = {"logits": Logits, "probabilities": External}
-        _require(rows in kinds, f"{where}: rows={rows!r}; use 'logits' or 'probabilities'")
+        is_known = rows in ("logits", "probabilities")
+        _require(is_known, f"{where}: rows={rows!r}; use 'logits' or 'probabilities'")
         name = "frozen_teacher" if "teacher" in self.by_name else "teacher"
         options = {"scheduled": False, **options, "detach": True}
         names = [students] if isinstance(students, str) else students
         terms = [KL(name, student, weight, temperature, **options) for student in names]
-        nodes = (*self.nodes, kinds[rows](name))
+        nodes = (*self.nodes, Logits(name) if rows == "logits" else External(name))
         return replace(self, nodes=nodes, terms=(*self.terms, *terms), teacher=name)
 
     @cached_property

@@ -466,15 +466,13 @@ class GraphLoss(nn.Module):
         graph, plan, row_labels, labels, _ = given.lowered or self.lowered
         if not graph.mixtures:
             return {}
-        # Mixtures depend on neither target nor external rows nor a frozen teacher, which are
-        # replaced by placeholders.
-        absent = [given.logits[0]] * (plan.num_logits - len(given.logits))
-        given = given._replace(logits=[*given.logits, *absent])
-        first = checks.check_rows(given.logits, row_labels)
+        # Mixtures need no target, external row or frozen teacher, which get placeholders.
+        rows = [*given.logits, *[given.logits[0]] * (plan.num_logits - len(given.logits))]
+        first = checks.check_rows(rows, row_labels)
         weights = checks.check_weights(given.weights, graph.weight_sources, first, labels)
         target = torch.zeros(first.shape[0], dtype=torch.long, device=first.device)
         externals = [first] * plan.num_externals
-        rows = node_rows(plan, Inputs(given.logits, weights, externals, target, first))
+        rows = node_rows(plan, Inputs(rows, weights, externals, target, first))
         derived = (node.name for node in graph.ordered if node.inputs)
         named = dict(zip((*graph.logits, *graph.externals, *derived), rows, strict=True))
         return {name: named[name] for name in graph.mixtures}

@@ -103,8 +103,7 @@ class FrozenTeacher(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] to logits [B, C], without gradient."""
         with torch.no_grad():
-            logits: Tensor = self._network[0](images)
-        return logits
+            return self._network[0](images)
 
 
 def one_by_one(
@@ -202,9 +201,7 @@ class BranchedModel(nn.Module):
         return BranchOutput(logits, features, extras)
 
     def compile_parts(self, options: dict[str, Any] | None = None) -> None:
-        """Compile trunk, branches, teacher and the method's modules separately, at their first
-        calls. ``options``: of ``torch.compile``.
-        """
+        """Compile every part separately, at its first call; ``options`` of ``torch.compile``."""
         for part in (self.trunk, self.companion, self.teacher, *self.branches):
             if part is not None:
                 part.compile(options=options)
