@@ -287,7 +287,7 @@ def _pretrained_network(
     if weights.num_classes != count:
         raise CheckpointError(
             f"the teacher {weights.name} has weights for {weights.num_classes} classes, the data"
-            f" has {count}, {summarize(dataset.classes, 4)}; use a teacher with the same classes"
+            f" has {count} ({summarize(dataset.classes, 4)}); use a teacher with the same classes"
             f" and order, or {weights.name}:FILE"
         )
     network = _with_weights(library, name, weights.read(), count, weights.source)
