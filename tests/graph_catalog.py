@@ -338,6 +338,8 @@ def catalog() -> list[Case]:
         "afid": afid_graph(),
         "kd": kd_graph(teacher_eps=1e-7),
         "kd_stored": kd_graph(teacher_rows="probabilities"),
+        "ahbf_teacher": ahbf_graph(3, **paper).with_teacher(("branch1", "branch3"), 0.5, 2.0),
+        "tsb_teacher": tsb_graph(2).with_teacher("branch1", rows="probabilities"),
     }
     return [
         *(Case(name, graph) for name, graph in graphs.items()),

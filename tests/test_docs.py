@@ -159,6 +159,7 @@ def given_names(page: str) -> dict[str, object]:
         "small": rows[0],
         "large": rows[1],
         "shares": torch.tensor([0.5, 0.5]),
+        "teacher_logits": torch.randn(4, 3),
     }
 
 

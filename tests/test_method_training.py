@@ -17,8 +17,6 @@ from fastokd.data import Batch
 from fastokd.errors import CheckpointError, ConfigError
 from fastokd.export import check_same_logits, load_student, measure_accuracy, write_student
 from fastokd.methods import get_method
-from fastokd.methods.kd import FrozenTeacher
-from fastokd.methods.modules import BranchPass
 from fastokd.models import create_model, create_student
 from fastokd.models.summary import count_parameters
 from fastokd.train import teacher as teachers
@@ -295,7 +293,7 @@ def test_run_prints_teacher_and_loss_terms(tmp_path, digits, teacher_run, capsys
 def test_teacher_does_not_change(tmp_path, digits, teacher_run):
     trainer = make(settings("kd", teacher_run, epochs=1), tmp_path / "run", digits)
     # Private, because the teacher is no submodule and in no state dict.
-    (network,) = trainer.model.companion._network
+    (network,) = trainer.model.teacher._network
     before = {name: value.clone() for name, value in network.state_dict().items()}
     trainer.model.train()
     assert not any(module.training for module in network.modules())
@@ -306,7 +304,7 @@ def test_teacher_does_not_change(tmp_path, digits, teacher_run):
     own, _ = load_student(teacher_run)
     assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
     assert not [
-        name for name in load_checkpoint(trainer.run_folder.last)["model"] if "companion" in name
+        name for name in load_checkpoint(trainer.run_folder.last)["model"] if "teacher" in name
     ]
 
 
@@ -323,7 +321,7 @@ def test_teacher_moves_with_the_model():
     extras = model(x).extras
     torch.testing.assert_close(extras["teacher"], network(x))
     assert not extras["teacher"].requires_grad
-    assert FrozenTeacher(None)(BranchPass(x, x, (), (), ())) == {}
+    assert create_model("resnet8", "kd", 5).double()(x).extras == {}
 
 
 def test_run_without_teacher_is_evaluated_not_resumed(tmp_path, digits, teacher_run):
@@ -539,11 +537,7 @@ def test_teacher_of_other_classes_is_refused(digits, teacher_run):
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
-        (
-            "",
-            ConfigError,
-            r"method 'kd' needs a trained teacher: pass --method-options teacher=RUN",
-        ),
+        ("", ConfigError, r"method 'kd' needs a trained teacher: pass --teacher RUN"),
         ("{tmp}/nothing", CheckpointError, "there is no teacher at .*nothing"),
         (
             "{tmp}/empty",
@@ -552,9 +546,9 @@ def test_teacher_of_other_classes_is_refused(digits, teacher_run):
         ),
         ("{tmp}/notes.txt", ConfigError, r"notes\.txt is not a run folder, a checkpoint"),
         (
-            "torchvision:resnet18",
+            "torchvision:resnet18:",
             ConfigError,
-            "name the network and its weights, torchvision:NAME:FILE",
+            "name the network, torchvision:NAME for its published weights or torchvision:NAME:FILE",
         ),
         (
             "torchvision:resnet1o1:{tmp}/weights.pth",
@@ -572,7 +566,7 @@ def test_teacher_of_other_classes_is_refused(digits, teacher_run):
         (
             "torchvision:resnet18:{tmp}/notes.txt",
             CheckpointError,
-            r"notes\.txt is damaged or has no weights",
+            r"notes\.txt is damaged or not a file of weights",
         ),
         (
             "{tmp}/weights.pth",
@@ -601,8 +595,8 @@ def test_wrong_teacher_options_are_refused(tmp_path, digits, teacher_run):
     with pytest.raises(
         ConfigError,
         match=(
-            r"teacher_normalization='imagenet' is for networks of torchvision and timm, not for"
-            r" teacher="
+            r"teacher_normalization='imagenet' is for networks of torchvision and timm with weights"
+            r" in a file, not for teacher="
         ),
     ):
         opened(teacher_run, digits, teacher_normalization="imagenet")

@@ -18,18 +18,30 @@ def show(
     preset: str = "paper",
     format: Literal["text", "mermaid", "svg"] = "text",
     method_options: dict[str, OptionValue] = {},  # noqa: B006 - never changed
+    teacher: bool = False,
+    teacher_to: Literal["student", "branches"] = "student",
+    teacher_weight: float = 1.0,
+    teacher_temperature: float = 3.0,
 ) -> None:
     """Draw the distillation graph of a method with its effective coefficients.
 
     Args:
         method: Method, e.g. ahbf
+        teacher: Add the row of a frozen teacher
         format: Text, a Mermaid flowchart, or an SVG drawing
     """
     from fastokd.experiments.analysis.graph_svg import draw_svg
     from fastokd.graph import draw_mermaid
 
     config = TrainConfig(
-        method=method, preset=preset, branches=branches, method_options=method_options
+        method=method,
+        preset=preset,
+        branches=branches,
+        method_options=method_options,
+        teacher="any" if teacher else None,
+        teacher_to=teacher_to,
+        teacher_weight=teacher_weight,
+        teacher_temperature=teacher_temperature,
     )
     check_method(config)
     loss = build_loss(config)

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, Literal
 
 from fastokd._moved import renamed_property
 from fastokd.errors import GraphError, did_you_mean
@@ -33,6 +34,8 @@ _ALLOWED_INPUTS = {
 class Graph:
     """A distillation loss: named nodes, and the terms whose weighted sum is the loss of a sample.
 
+    ``teacher`` is the name of the node that ``with_teacher`` added, the last of its kind.
+
     Raises:
         GraphError: the graph breaks a rule; the message names the node or the term.
     """
@@ -41,6 +44,7 @@ class Graph:
     nodes: Sequence[Node]
     terms: Sequence[Term]
     label_smoothing: float = 0.0
+    teacher: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "nodes", tuple(self.nodes))
@@ -49,6 +53,40 @@ class Graph:
         for term in self.terms:
             self._check_term(term)
         self._check_whole()
+
+    def with_teacher(
+        self,
+        students: str | Sequence[str],
+        weight: float = 1.0,
+        temperature: float = 3.0,
+        *,
+        rows: Literal["logits", "probabilities"] = "logits",
+        **options: Any,
+    ) -> "Graph":
+        """The graph with a row of a frozen teacher and a KL term from it to each student.
+
+        The row is named ``teacher``, or ``frozen_teacher`` if the graph has another ``teacher``.
+
+        Args:
+            students: the names of the nodes that the teacher teaches.
+            weight, temperature: of each term, ``weight * T^2 * KL(p_T(teacher) || p_T(student))``.
+            rows: "logits", or "probabilities" that are softened at T already.
+            options: further fields of ``KL``; ``detach`` is True, and ``scheduled`` False by
+                default, because a trained teacher needs no ramp-up.
+
+        Raises:
+            GraphError: the graph has such a teacher, or a name or a number is wrong.
+        """
+        where = f"graph '{self.name}'"
+        _require(not self.teacher, f"{where} has a frozen teacher already, '{self.teacher}'")
+        is_known = rows in ("logits", "probabilities")
+        _require(is_known, f"{where}: rows={rows!r}; use 'logits' or 'probabilities'")
+        name = "frozen_teacher" if "teacher" in self.by_name else "teacher"
+        options = {"scheduled": False, **options, "detach": True}
+        names = [students] if isinstance(students, str) else students
+        terms = [KL(name, student, weight, temperature, **options) for student in names]
+        nodes = (*self.nodes, Logits(name) if rows == "logits" else External(name))
+        return replace(self, nodes=nodes, terms=(*self.terms, *terms), teacher=name)
 
     @cached_property
     def by_name(self) -> dict[str, Node]:

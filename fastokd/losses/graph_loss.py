@@ -42,9 +42,16 @@ class LoweredGraph(NamedTuple):
     @classmethod
     def of(cls, graph: Graph, labels: Mapping[str, str]) -> "LoweredGraph":
         """Lower a graph; ``labels`` replace the default names of logits rows and weights."""
+        labels = {**labels, graph.teacher: "teacher"}
         rows = tuple(labels.get(name, f"logits[{i}]") for i, name in enumerate(graph.logits))
         weights = {name: labels.get(name, f"weights['{name}']") for name in graph.weight_sources}
         return cls(graph, lower(graph), rows, weights, set())
+
+    def with_teacher(self, *arguments: Any, **options: Any) -> "LoweredGraph":
+        """The graph with a frozen teacher, see ``Graph.with_teacher``."""
+        labels = dict(zip(self.graph.logits, self.row_labels, strict=True))
+        graph = self.graph.with_teacher(*arguments, **options)
+        return self.of(graph, {**labels, **self.weight_labels})
 
     def check(self, given: "GraphInputs", target: Tensor) -> Tensor:
         """Check everything that the operator receives, and return the first row of logits.
@@ -137,7 +144,7 @@ class GraphLoss(nn.Module):
             raise ValueError(f"reduction={reduction!r}: {terms}; use reduction='mean'")
         check_impl(impl)
         self.lowered = LoweredGraph.of(graph, labels or {})
-        self.num_branches = len(graph.logits) if num_branches is None else num_branches
+        self.num_branches = self._num_rows() if num_branches is None else num_branches
         self.reduction, self.impl = reduction, impl
         self.extra_terms = dict(extra_terms or {})
         self._kept: tuple[Any, Tensor, Tensor] | None = None
@@ -152,6 +159,19 @@ class GraphLoss(nn.Module):
     def plan(self) -> Plan:
         """The lowered graph."""
         return self.lowered.plan
+
+    def _num_rows(self) -> int:
+        """The number of the graph's rows of logits, without a frozen teacher's."""
+        return len(self.graph.logits) - (self.graph.teacher in self.graph.logits)
+
+    def add_teacher(self, students: str | Sequence[str], *arguments: Any, **options: Any) -> Self:
+        """Add a frozen teacher to the graph, see ``Graph.with_teacher``; returns the loss itself.
+
+        Calls then take the keyword ``teacher``: its rows [B, C], constants.
+        """
+        self.lowered = self.lowered.with_teacher(students, *arguments, **options)
+        self._place_term_weights(self.term_weights.device)
+        return self
 
     def _place_term_weights(self, device: torch.device) -> None:
         fixed = [0.0 if term.scheduled else term.weight for term in self.graph.terms]
@@ -204,7 +224,7 @@ class GraphLoss(nn.Module):
                 weights in every row.
             externals: for each of ``graph.externals`` probabilities [B, C].
         """
-        rows = checks.as_rows(logits, self.plan.num_logits, "logits")
+        rows = checks.as_rows(logits, self._num_rows(), "logits")
         return GraphInputs(rows, weights or {}, externals or {})
 
     def _rows(self, branch_logits: Rows) -> Rows:
@@ -237,19 +257,42 @@ class GraphLoss(nn.Module):
     ) -> GraphInputs:
         """``graph_inputs``, after ``update_state`` in training; wrong keywords name the loss."""
         branch_logits = self._rows(branch_logits)
+        inputs, teacher = self._split_teacher(inputs)
         try:
             if target is not None and self.training:
                 inputs = {**inputs, **self.update_state(branch_logits, target, **inputs)}
-            return self.graph_inputs(branch_logits, target, **inputs)
+            given = self.graph_inputs(branch_logits, target, **inputs)
         except TypeError:
             signature = inspect.signature(self.graph_inputs)
             try:
                 signature.bind(branch_logits, target, **inputs)
             except TypeError as error:
-                takes = ", ".join(signature.parameters)
+                takes = ", ".join([*signature.parameters, *["teacher"] * bool(self.graph.teacher)])
                 message = f"{type(self).__name__}: {error}; this loss takes {takes}"
                 raise TypeError(message) from None
             raise
+        return self._with_teacher(given, target, teacher)
+
+    def _split_teacher(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+        """The keywords of ``graph_inputs``, and the frozen teacher's rows."""
+        inputs = dict(inputs)
+        return inputs, inputs.pop("teacher", None) if self.graph.teacher else None
+
+    def _with_teacher(
+        self, given: GraphInputs, target: Tensor | None, teacher: Tensor | None
+    ) -> GraphInputs:
+        """The graph's inputs with the rows of its frozen teacher, if it has one."""
+        name, is_external = self.graph.teacher, self.graph.teacher in self.graph.externals
+        if not name or (teacher is None and target is None):
+            return given
+        if teacher is None:
+            kind = "probabilities" if is_external else "logits"
+            raise ValueError(f"teacher is missing: pass the teacher's {kind} [B, C]")
+        teacher = teacher.detach()
+        if is_external:
+            return given._replace(externals={**given.externals, name: teacher})
+        # A teacher may run in another precision than the student.
+        return given._replace(logits=[*given.logits, teacher.to(given.logits[0].dtype)])
 
     # --- the loss
 
@@ -423,12 +466,13 @@ class GraphLoss(nn.Module):
         graph, plan, row_labels, labels, _ = given.lowered or self.lowered
         if not graph.mixtures:
             return {}
-        first = checks.check_rows(given.logits, row_labels)
+        # Mixtures need no target, external row or frozen teacher, which get placeholders.
+        rows = [*given.logits, *[given.logits[0]] * (plan.num_logits - len(given.logits))]
+        first = checks.check_rows(rows, row_labels)
         weights = checks.check_weights(given.weights, graph.weight_sources, first, labels)
-        # Mixtures depend on neither target nor external rows, which are replaced by placeholders.
         target = torch.zeros(first.shape[0], dtype=torch.long, device=first.device)
         externals = [first] * plan.num_externals
-        rows = node_rows(plan, Inputs(given.logits, weights, externals, target, first))
+        rows = node_rows(plan, Inputs(rows, weights, externals, target, first))
         derived = (node.name for node in graph.ordered if node.inputs)
         named = dict(zip((*graph.logits, *graph.externals, *derived), rows, strict=True))
         return {name: named[name] for name in graph.mixtures}
@@ -443,6 +487,7 @@ class GraphLoss(nn.Module):
         mixtures = self.graph.dynamic_mixtures
         if not mixtures:
             return {}
+        inputs, _ = self._split_teacher(inputs)
         given = self.graph_inputs(self._rows(branch_logits), target, **inputs)
         batch = given.logits[0].shape[0]
         columns = {name: rows.expand(batch, -1).unbind(1) for name, rows in given.weights.items()}

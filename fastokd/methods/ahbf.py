@@ -5,7 +5,8 @@ Branch 1 is the student; deeper branches teach it through recursively mixed teac
 """
 
 import itertools
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,10 @@ class AHBFLoss(MethodLoss):
                 if weight:
                     terms.append(self.teach(teacher, student, weight))
         return Graph("ahbf", nodes, terms, self.label_smoothing)
+
+    def add_teacher(self, students: str | Sequence[str], *arguments: Any, **options: Any) -> Self:
+        self.premixed = self.premixed.with_teacher(students, *arguments, **options)
+        return super().add_teacher(students, *arguments, **options)
 
     def labels(self) -> dict[str, str]:
         return {f"scores{m}": f"scores[{m - 2}]" for m in range(2, self.num_branches + 1)}

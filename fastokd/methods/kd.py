@@ -1,18 +1,12 @@
 """KD: knowledge distillation from a frozen teacher (Hinton et al., 2015)."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
-
-from fastokd.graph import CrossEntropy, External, Graph, Logits
+from fastokd.graph import CrossEntropy, Graph, Logits
 from fastokd.losses import options
-from fastokd.losses.graph_loss import GraphInputs, Rows
 from fastokd.losses.method_loss import MethodLoss, Presets
 from fastokd.methods.method import Method
-from fastokd.methods.modules import BranchPass, BranchSpec, MethodModules
 
 
 @options.loss_options
@@ -42,73 +36,20 @@ class KDLoss(MethodLoss):
     teacher_eps: float = options.teacher_eps()
 
     def build_graph(self) -> Graph:
-        source = Logits("teacher") if self.teacher_rows == "logits" else External("teacher")
-        terms = (CrossEntropy("branch1"), self.teach("teacher", "branch1", self.lambda_kd))
-        return Graph("kd", (Logits("branch1"), source), terms, self.label_smoothing)
-
-    def labels(self) -> dict[str, str]:
-        return {"teacher": "teacher"}
-
-    def graph_inputs(
-        self, branch_logits: Rows, target: Tensor | None = None, *, teacher: Tensor | None = None
-    ) -> GraphInputs:
-        """``teacher``: [B, C], see ``teacher_rows``; a constant, not needed by ``named_logits``."""
-        (student,) = branch_logits
-        if teacher is None:
-            if target is None:
-                return GraphInputs([student])
-            raise ValueError(f"teacher is missing: pass the teacher's {self.teacher_rows} [B, C]")
-        teacher = teacher.detach()
-        if self.teacher_rows == "probabilities":
-            return GraphInputs([student], externals={"teacher": teacher})
-        if target is not None:
-            # A teacher may run in another precision than the student.
-            teacher = teacher.to(student.dtype)
-        return GraphInputs([student, teacher])
+        nodes, terms = (Logits("branch1"),), (CrossEntropy("branch1"),)
+        student = Graph("kd", nodes, terms, self.label_smoothing)
+        factors, eps = (self.lambda_kd, self.temperature), self.teacher_eps
+        rows = self.teacher_rows
+        return student.with_teacher("branch1", *factors, rows=rows, eps=eps, scheduled=True)
 
 
 kd_graph = functools.partial(KDLoss.make_graph, 1)
-
-
-class FrozenTeacher(MethodModules):
-    """A trained network that always runs in evaluation mode on the student's images.
-
-    It is an input of the run, like the images: it is in no checkpoint, and its parameters are not
-    the model's. None if the teacher's rows are stored.
-    """
-
-    def __init__(self, network: nn.Module | None) -> None:
-        super().__init__()
-        # A list registers nothing: not in state_dict(), parameters(), train() or student().
-        self._network: list[Any] = [] if network is None else [network.eval().requires_grad_(False)]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow the model to another device, dtype or memory format."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
-        for network in self._network:
-            network._apply(fn, recurse)
-        return self
-
-    def forward(self, seen: BranchPass) -> dict[str, Tensor]:
-        """``teacher``: its logits [B, C], without gradient; nothing if there is no network."""
-        if not self._network:
-            return {}
-        with torch.no_grad():
-            return {"teacher": self._network[0](seen.images)}
-
-
-def _build_teacher(
-    spec: BranchSpec, teacher: str = "", teacher_normalization: str = "data"
-) -> FrozenTeacher:
-    """The frozen teacher, which the trainer opens by these options."""
-    return FrozenTeacher(spec.teacher)
 
 
 METHOD = Method(
     name="kd",
     summary="Hinton's distillation: a frozen, trained teacher and one student",
     loss_class=KDLoss,
-    build_companion=_build_teacher,
     model_options={
         "teacher": options.Option(
             "",

@@ -80,16 +80,15 @@ class Method:
             of the loss's option ``num_branches``, at most 8.
         build_companion: ``build_companion(spec, **options)`` builds the method's modules; None for
             none. It raises a ValueError with the reason for networks that the method cannot train.
-        model_options: the options of ``build_companion`` and ``views``, by name.
+        model_options: the options of ``build_companion``, ``views`` and the teacher, by name.
         topologies: the supported layouts of the networks, the default first.
         hierarchical: whether branch m gets the auxiliary blocks of hierarchy level m.
         kept: index of the branch that becomes the student; -1 is the last.
         reports_mean: the published number is the mean accuracy over the branches, which is then
             measured too (``branch_mean``).
         needs_index: the loss needs the samples' positions in the training split.
-        needs_teacher: there is a frozen teacher, named by the option ``teacher``. It is
-            ``BranchSpec.teacher``, or stored rows that the loss takes as ``teacher``; the loss's
-            option ``teacher_rows`` states what they are.
+        needs_teacher: there is always a frozen teacher, named by the option ``teacher``. The loss
+            takes its rows as ``teacher``; the loss's option ``teacher_rows`` states what they are.
         views: the name of the model option that gives every peer its own augmented view of an
             image; empty for none.
         schedule: ``kd_weight`` over a run.

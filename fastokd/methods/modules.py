@@ -52,8 +52,6 @@ class BranchSpec(NamedTuple):
     num_classes: int
     branches: Sequence[nn.Module]
     """The M branches, to inspect and not to keep."""
-    teacher: nn.Module | None = None
-    """The frozen teacher of methods that have one."""
 
 
 class ParameterGroup(NamedTuple):
@@ -69,7 +67,7 @@ class ParameterGroup(NamedTuple):
 
 
 class MethodModules(nn.Module):
-    """Gates, fusion heads, decoders or a frozen teacher, which are not part of the student.
+    """Gates, fusion heads or decoders, which are not part of the student.
 
     The default does nothing.
     """

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,30 @@ class Peer(nn.Module):
         return self.branch(self.trunk(x))
 
 
+class FrozenTeacher(nn.Module):
+    """A trained network that always runs in evaluation mode on the student's images.
+
+    It is an input of the run, like the images: it is in no checkpoint, and its parameters are not
+    the model's.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        # A list registers nothing: not in state_dict(), parameters(), train() or student().
+        self._network: list[Any] = [network.eval().requires_grad_(False)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow the model to another device, dtype or memory format."""
+        super()._apply(fn, recurse)
+        self._network[0]._apply(fn, recurse)
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to logits [B, C], without gradient."""
+        with torch.no_grad():
+            return self._network[0](images)
+
+
 def one_by_one(
     branches: Sequence[nn.Module], inputs: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
@@ -102,7 +126,7 @@ class BranchedModel(nn.Module):
         joins: for each branch, what makes the plain network of a trunk and a branch.
         kept: index of the branch that ``student`` keeps; -1 is the last.
         build_companion: builds the method's own modules from a ``BranchSpec``.
-        teacher: the frozen teacher of methods that have one.
+        teacher: a frozen teacher; its logits are the output's extra ``teacher``.
         method: the method's name.
     """
 
@@ -126,8 +150,9 @@ class BranchedModel(nn.Module):
         self.companion: MethodModules | None = None
         if build_companion:
             channels = tuple(branch.channels for branch in branches)
-            spec = BranchSpec(channels, trunk_channels(trunk), num_classes, branches, teacher)
+            spec = BranchSpec(channels, trunk_channels(trunk), num_classes, branches)
             self.companion = build_companion(spec)
+        self.teacher = None if teacher is None else FrozenTeacher(teacher)
         self._joins = tuple(joins)
         self.run_branches = one_by_one
         """Runs branches that do not depend on each other; replaceable, e.g. by CUDA streams."""
@@ -174,9 +199,11 @@ class BranchedModel(nn.Module):
         else:
             features, logits = zip(*self.run_branches(branches, inputs), strict=True)
             context = None
-        if modules is None:
-            return BranchOutput(logits, features)
-        extras = modules(BranchPass(images, shared, features, logits, branches, context))
+        extras = {}
+        if modules is not None:
+            extras = modules(BranchPass(images, shared, features, logits, branches, context))
+        if self.teacher is not None:
+            extras = {**extras, "teacher": self.teacher(images)}
         return BranchOutput(logits, features, extras)
 
     def train(self, mode: bool = True) -> "BranchedModel":
@@ -186,10 +213,8 @@ class BranchedModel(nn.Module):
         return self
 
     def compile_parts(self, options: dict[str, Any] | None = None) -> None:
-        """Compile trunk, branches and the method's modules separately, at their first calls.
-        ``options``: of ``torch.compile``.
-        """
-        for part in (self.trunk, self.companion, *self.branches):
+        """Compile every part separately, at its first call; ``options`` of ``torch.compile``."""
+        for part in (self.trunk, self.companion, self.teacher, *self.branches):
             if part is not None:
                 part.compile(options=options)
         if self.companion is not None and self.overrides_forward:

@@ -76,7 +76,7 @@ def create_model(
         topology: "branches" (one shared trunk) or "peers" (whole networks); None for the method's
             default.
         options: options of the method's modules, see ``Method.model_options``.
-        teacher: the frozen teacher of methods that have one: images to logits [B, C].
+        teacher: a frozen teacher: images to logits [B, C], the output's extra ``teacher``.
         compression: the last and deepest branch is the plain network and the student; each earlier
             branch has ``aux_blocks`` fewer blocks than the next. ``student(branch)`` returns any of
             them (AHBF Table 5).
@@ -132,8 +132,7 @@ def allowed_methods(name: str) -> list[str]:
         trunk, branch = backbone.build_trunk(), backbone.build_branch(10, 1, 0)
 
         def can_train(method: Method) -> bool:
-            # The requirements on a teacher do not depend on the network.
-            if method.build_companion is None or method.needs_teacher:
+            if method.build_companion is None:
                 return True
             peers, count = method.topologies[0] == "peers", method.default_branches
             branches = [Peer(trunk, branch) if peers else branch] * count

@@ -34,7 +34,11 @@ def library_network(name: str, num_classes: int) -> nn.Module:
         ConfigError: the name is unknown, or the library cannot build the network.
         MissingExtra: timm is not installed.
     """
-    build = library_constructor(name)
+    library, _, network = name.partition(":")
+    if library not in LIBRARIES:
+        hint = did_you_mean(library, LIBRARIES)
+        raise ConfigError(f"unknown library '{library}' in model '{name}'{hint}")
+    build = _torchvision(network) if library == "torchvision" else _timm(network)
     try:
         try:
             return build(num_classes=num_classes)
@@ -46,15 +50,6 @@ def library_network(name: str, num_classes: int) -> nn.Module:
     except Exception as error:  # constructors of libraries raise any exception
         reason = f"cannot be built for {num_classes} classes ({first_line(error)})"
         raise ConfigError(f"{name} {reason}") from error
-
-
-def library_constructor(name: str) -> Callable[..., nn.Module]:
-    """The constructor of ``library_network``, which takes ``num_classes``; errors as there."""
-    library, _, network = name.partition(":")
-    if library not in LIBRARIES:
-        hint = did_you_mean(library, LIBRARIES)
-        raise ConfigError(f"unknown library '{library}' in model '{name}'{hint}")
-    return _torchvision(network) if library == "torchvision" else _timm(network)
 
 
 def without_auxiliary(name: str, weights: Mapping[str, T]) -> dict[str, T]:

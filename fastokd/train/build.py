@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastokd.models import BranchedModel, create_model
-from fastokd.train.config import TrainConfig, fields_with_role
+from fastokd.train.config import TEACHER, TrainConfig, fields_with_role
 from fastokd.train.fields import Role
 
 
@@ -32,7 +32,7 @@ def build_model(
     """The branched model of a configuration, initialised from its seed, on the device in its memory
     format.
 
-    Only training needs the frozen ``teacher`` of methods that have one.
+    Only training needs the frozen ``teacher``.
 
     Raises:
         ConfigError: as ``create_model``.
@@ -59,9 +59,9 @@ def meta_model(
 
 
 def before_teaching(config: TrainConfig) -> TrainConfig:
-    """The configuration of the epochs before ``teach_from``: the method "baseline"."""
+    """The configuration of the epochs before ``teach_from``: the method "baseline", no teacher."""
     defaults: dict[str, Any] = vars(TrainConfig())
-    changes = {name: defaults[name] for name in fields_with_role(Role.OF_METHOD)}
+    changes = {name: defaults[name] for name in (*fields_with_role(Role.OF_METHOD), *TEACHER)}
     # A single branch has no other stream to run on, which is an error where it is requested.
     return dataclasses.replace(config, **{**changes, "method": "baseline", "streams": None})
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastokd.methods import get_method
 from fastokd.models import create_model
 from fastokd.models.summary import Cost, count_parameters, forward_flops
 from fastokd.train.build import before_teaching, model_layout
@@ -104,16 +103,15 @@ def total_training_flops(config: TrainConfig, flops: float, num_images: int) -> 
     return 3 * flops * config.epochs * (num_images - num_images % config.batch_size)
 
 
-def kept_branch(config: TrainConfig) -> int:
-    """The index of the branch that is the student."""
-    kept = -1 if config.compression else get_method(config.method).kept
-    return range(config.num_branches())[kept]
+def is_alone(config: TrainConfig) -> bool:
+    """True if the student is trained alone, without branches and teacher."""
+    return config.method == ALONE and not config.teacher
 
 
 def student_network(config: TrainConfig) -> str:
     """The name of the student's network."""
     names = config.model_names()
-    return names[0] if len(names) == 1 else names[kept_branch(config)]
+    return names[0] if len(names) == 1 else names[config.kept_branch()]
 
 
 def student_alone(config: TrainConfig) -> TrainConfig:
@@ -133,7 +131,7 @@ def student_alone(config: TrainConfig) -> TrainConfig:
         "method_options": smoothing,
     }
     if len(config.model_names()) > 1 and config.weights:
-        changes["weights"] = config.weights.split(",")[kept_branch(config)].strip()
+        changes["weights"] = config.weights.split(",")[config.kept_branch()].strip()
     if config.freeze_epochs or config.trunk_lr != 1:
         changes["at"] = config.at
     return replace(config, **changes)

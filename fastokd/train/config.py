@@ -165,6 +165,38 @@ class TrainConfig:
         ge=0,
         role=OF_METHOD,
     )
+    teacher: str | None = METHOD(
+        None,
+        "Frozen teacher for any method: a run folder, a checkpoint, an exported student,"
+        " torchvision:NAME[:FILE], timm:NAME[:FILE] (without FILE: the library's published weights)"
+        " or a file of its rows for every training image, .npy or .safetensors",
+        unset="no teacher",
+        role=TRAINED,
+    )
+    teacher_to: str = METHOD(
+        "student",
+        "Rows that the frozen teacher teaches: the student, or all branches",
+        choices=("student", "branches"),
+        role=TRAINED,
+    )
+    teacher_weight: float = METHOD(
+        1.0, "Weight of each KL term of the frozen teacher; no ramp-up", ge=0, role=TRAINED
+    )
+    teacher_temperature: float = METHOD(
+        3.0, "Temperature of the frozen teacher's KL terms", gt=0, role=TRAINED
+    )
+    teacher_rows: str = METHOD(
+        "logits",
+        "Stored rows of the frozen teacher: logits, or probabilities softened at its temperature",
+        choices=("logits", "probabilities"),
+        role=TRAINED,
+    )
+    teacher_normalization: str = METHOD(
+        "data",
+        "Normalization of images for the frozen teacher torchvision:NAME:FILE or timm:NAME:FILE",
+        choices=("data", "imagenet"),
+        role=TRAINED,
+    )
     teach_from: float = METHOD(
         0.0,
         "Late teaching: train the student alone until this point, then all branches. Below 1: a"
@@ -313,6 +345,15 @@ class TrainConfig:
         names = self.model_names()
         return len(names) if len(names) > 1 else method_of(self).default_branches
 
+    def kept_branch(self) -> int:
+        """The index of the branch that is the student."""
+        return range(self.num_branches())[-1 if self.compression else method_of(self).kept]
+
+    def teacher_spec(self) -> str:
+        """The frozen teacher: ``teacher``, or the option of methods that need one; "" for none."""
+        options = self.model_options() if method_of(self).needs_teacher else {}
+        return self.teacher or str(options.get("teacher", ""))
+
     def loss_options(self) -> dict[str, Any]:
         """The keyword arguments of the method's loss: the preset's, then the overrides."""
         method, options = method_of(self), self.method_options
@@ -351,8 +392,19 @@ RETIRED = {
     "merge_first_conv": Retired(False, "method_options", "merged first convolutions were removed")
 }
 
+TEACHER = (
+    "teacher",
+    "teacher_to",
+    "teacher_weight",
+    "teacher_temperature",
+    "teacher_rows",
+    "teacher_normalization",
+)
+"""Fields of a frozen teacher that joins the method."""
+
 ADDED = (
     "teach_from",
+    *TEACHER,
     *("weights", "pretrained", "branch_init"),
     *("decay", "trunk_lr", "head_lr", "layer_decay", "freeze_epochs", "head_epochs"),
 )
@@ -406,7 +458,8 @@ def check_method(config: TrainConfig) -> None:
 
 
 def build_loss(config: TrainConfig, impl: str | None = None) -> "MethodLoss":
-    """The loss of a configuration: that of its method, with its preset and options.
+    """The loss of a configuration: that of its method, with its preset and options, and the terms
+    of a frozen teacher.
 
     Args:
         impl: another executor than the configuration's.
@@ -426,7 +479,17 @@ def build_loss(config: TrainConfig, impl: str | None = None) -> "MethodLoss":
             raise ConfigError(f"unknown option '{name}' of {given}{did_you_mean(name, allowed)}")
     options = config.loss_options() | ({"impl": impl} if impl else {})
     try:
-        return method.loss_class(num_branches=config.num_branches(), **options)
+        loss = method.loss_class(num_branches=config.num_branches(), **options)
+        if config.teacher and not method.needs_teacher:
+            branches = loss.graph.logits[: config.num_branches()]
+            student = branches[config.kept_branch()]
+            loss.add_teacher(
+                branches if config.teacher_to == "branches" else student,
+                config.teacher_weight,
+                config.teacher_temperature,
+                rows=config.teacher_rows,
+            )
+        return loss
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{given}: {error}") from error
 

@@ -43,9 +43,9 @@ def describe_loss(criterion: MethodLoss, config: TrainConfig) -> str:
 def describe_late_teaching(config: TrainConfig) -> str:
     """One line about the epochs before ``teach_from``."""
     start, copies = config.teach_epoch(), config.num_branches() - 1
-    further = (
-        f"{copies} further branches start as copies of it" if copies else "its teacher is used"
-    )
+    teacher = ["its teacher is used"] * bool(config.teacher_spec())
+    branches = [f"{copies} further branches start as copies of it"] * bool(copies)
+    further = " and ".join([*branches, *teacher])
     return (
         f"late teaching: the student is trained alone in the first {start} of {config.epochs}"
         f" epochs; from epoch {start + 1} on, {further}"

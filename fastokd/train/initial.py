@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import hashlib
-import urllib.error
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastokd.errors import CheckpointError, ConfigError, first_line, summarize
-from fastokd.export import find_export, load_student, strip_wrappers
+from fastokd.errors import CheckpointError, ConfigError, summarize
+from fastokd.export import find_export
 from fastokd.export.state_dict import TWINS
 from fastokd.models import BranchedModel
-from fastokd.models.libraries import library_constructor, without_auxiliary
+from fastokd.models.libraries import without_auxiliary
 from fastokd.train.config import TrainConfig
 from fastokd.train.copies import add_noise, copy_to_branches
 from fastokd.train.distributed import local_main_first
+from fastokd.train.pretrained import PretrainedWeights, pretrained_weights
 from fastokd.train.teacher import read_network
+from fastokd.train.weight_files import read_file, unwrapped
 
-ENTRIES = ("state_dict", "model", "model_state_dict", "network", "net")
-"""Entries of a file that may hold the weights, in order of preference."""
-AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
-"""Entries with averaged weights, used if the file has none of ``ENTRIES``."""
 LEAST_MATCHED = 0.5
 """Files that match fewer of the network's tensors are of another architecture."""
 
@@ -75,7 +72,7 @@ def check_initial(config: TrainConfig) -> None:
             raise CheckpointError(f"weights={path}: there is no such file or run folder")
     if config.pretrained:
         for name in config.model_names():
-            library_constructor(_library_name(name))
+            published_weights(name)
 
 
 def read_initial(config: TrainConfig) -> list[InitialWeights]:
@@ -100,128 +97,48 @@ def read_weights(path: Path) -> InitialWeights:
     """
     if path.is_dir():
         path = find_export(path, (".safetensors",))
-    content, record = _load(path)
-    if record is None and {"config_hash", "classes", "model"} <= content.keys():
+    content, is_own = read_file(path)
+    if is_own:
         network, classes, data = read_network(path)
-        content, record = network.state_dict(), {"classes": classes, "preprocessing": data}
-    if record is not None:
-        normalization = (record["preprocessing"]["mean"], record["preprocessing"]["std"])
-        found = InitialWeights(str(path), content, record["classes"], normalization)
+        normalization = (data["mean"], data["std"])
+        found = InitialWeights(str(path), network.state_dict(), classes, normalization)
     else:
-        tensors, entry = _unwrapped(content)
-        if not tensors:
-            some = summarize([str(name) for name in content])
-            raise CheckpointError(f"{path} has no weights: no dictionary of tensors ({some})")
-        found = InitialWeights(f"{path}{entry}", tensors)
+        tensors, entry = unwrapped(content, path)
+        found = InitialWeights(f"{path}, entry '{entry}'" if entry else str(path), tensors)
     for name, value in found.tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise CheckpointError(f"{path}: '{name}' has NaN or infinite values")
     return found
 
 
-def _load(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The content of a file, and the record of a student of fastokd."""
-    from safetensors import safe_open
-    from safetensors.torch import load_file
+def published_weights(name: str) -> PretrainedWeights:
+    """The trained weights that a library publishes for a network of any kind.
 
-    try:
-        if path.suffix != ".safetensors":
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            return (dict(content) if isinstance(content, Mapping) else {}), None
-        with safe_open(path, framework="pt") as file:
-            if "fastokd" not in (file.metadata() or {}):
-                return load_file(path), None
-    except Exception as error:  # damaged bytes raise many kinds
-        reason = first_line(error)
-        if "weights_only" in str(error) or "Weights only" in reason:
-            reason = (
-                "it has pickled objects other than tensors, which are not loaded because they could"
-                " run code; save the state dict alone"
-            )
-        message = f"{path} is damaged or not a file of weights ({reason})"
-        raise CheckpointError(message) from error
-    network, record = load_student(path)
-    return network.state_dict(), record
-
-
-def _unwrapped(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
-    """The state dict in a file, and its entry for messages."""
-    path: list[str] = []
-    while True:
-        entries = (name for name in (*ENTRIES, *AVERAGES) if isinstance(content.get(name), Mapping))
-        if (entry := next(entries, None)) is None:
-            break
-        path.append(entry)
-        content = content[entry]
-    tensors = {name: each for name, each in content.items() if isinstance(each, Tensor)}
-    return strip_wrappers(tensors), f", entry '{'.'.join(path)}'" if path else ""
-
-
-def _library_name(name: str) -> str:
-    """The "library:NAME" whose trained weights a network of any kind has."""
-    if ":" in name:
-        return name
-    if name in TWINS["torchvision"]:
-        return f"torchvision:{TWINS['torchvision'][name]}"
-    known = ", ".join(TWINS["torchvision"])
-    raise ConfigError(
-        f"pretrained=True: no trained weights are published for {name}; they are for {known},"
-        " torchvision:NAME and timm:NAME. Pass a file with --weights"
-    )
+    Raises:
+        ConfigError, MissingExtra: as ``pretrained_weights``.
+    """
+    if ":" not in name and name not in TWINS["torchvision"]:
+        known = ", ".join(TWINS["torchvision"])
+        raise ConfigError(
+            f"pretrained=True: no trained weights are published for {name}; they are for {known},"
+            " torchvision:NAME and timm:NAME. Pass a file with --weights"
+        )
+    full = name if ":" in name else f"torchvision:{TWINS['torchvision'][name]}"
+    library, _, network = full.partition(":")
+    return pretrained_weights(library, network)
 
 
 def pretrained(name: str) -> InitialWeights:
-    """The default trained weights of a network, through its library's download and cache.
+    """The trained weights of a network, through its library's download and cache.
 
     Raises:
-        ConfigError: the library has none.
-        CheckpointError: no network and not in the cache; the message names file and address.
-        MissingExtra: timm is not installed.
+        CheckpointError: they cannot be downloaded and are not in the cache.
+        ConfigError, MissingExtra: as ``published_weights``.
     """
-    full = _library_name(name)
-    library, _, network = full.partition(":")
-    library_constructor(full)  # raises errors
-    tensors, normalization = (
-        _torchvision_weights(network) if library == "torchvision" else _timm_weights(network)
-    )
-    tensors = without_auxiliary(full, tensors)
-    return InitialWeights(f"trained weights of {full}", tensors, None, normalization)
-
-
-_Trained = tuple[Mapping[str, Tensor], tuple[Any, Any]]
-
-
-def _torchvision_weights(network: str) -> _Trained:
-    import torchvision
-
-    weights = torchvision.models.get_model_weights(network).DEFAULT
-    preset = weights.transforms()
-    file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
-    try:
-        tensors = weights.get_state_dict(progress=False, check_hash=True)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"the weights of torchvision:{network} cannot be downloaded ({first_line(error)});"
-            f" save {weights.url} as {file}"
-        ) from error
-    return tensors, (preset.mean, preset.std)
-
-
-def _timm_weights(network: str) -> _Trained:
-    import timm
-
-    settings = timm.get_pretrained_cfg(network)
-    if settings is None or not settings.has_weights:
-        raise ConfigError(f"pretrained=True: timm has no trained weights of '{network}'")
-    try:
-        model = timm.create_model(network, pretrained=True)
-    except Exception as error:  # the hub's client raises many kinds
-        place = settings.hf_hub_id or settings.url
-        raise CheckpointError(
-            f"the weights of timm:{network} cannot be downloaded ({first_line(error)}); download"
-            f" {place} on a machine with network access and pass the file with --weights"
-        ) from error
-    return model.state_dict(), (settings.mean, settings.std)
+    weights = published_weights(name)
+    tensors = without_auxiliary(weights.name, weights.read())
+    normalization = (weights.mean, weights.std)
+    return InitialWeights(f"trained weights of {weights.name}", tensors, None, normalization)
 
 
 # --- loading

@@ -12,7 +12,6 @@ from torch import Tensor
 from fastokd.errors import ConfigError
 from fastokd.graph import CrossEntropy, Graph, Logits
 from fastokd.losses.method_loss import MethodLoss
-from fastokd.methods import get_method
 from fastokd.models import BranchedModel, find_backbone
 from fastokd.models.summary import check_images
 from fastokd.train.build import before_teaching, build_model, is_before_teaching, meta_model
@@ -32,7 +31,7 @@ def student_loss(config: TrainConfig) -> MethodLoss:
     the configured method's loss.
     """
     loss = build_loss(config)
-    row = loss.graph.logits[range(config.num_branches())[get_method(config.method).kept]]
+    row = loss.graph.logits[config.kept_branch()]
     nodes, terms = (Logits(row),), (CrossEntropy(row),)
     alone = Graph("baseline", nodes, terms, loss.graph.label_smoothing)
     return MethodLoss(alone, 1, impl=loss.impl)

@@ -94,6 +94,7 @@ def estimate_memory(
     share = share_of_batch(config, Ranks.current())
     network = teacher.network if teacher else None
     model = meta_model(config, len(dataset.classes), network)
+    frozen = [*network.parameters(), *network.buffers()] if network else []
     options = choose_step_options(config, model, device)
     trained = _bytes(parameter for parameter in model.parameters() if parameter.requires_grad)
     views = (config.views(),) if config.views() > 1 else ()
@@ -104,7 +105,7 @@ def estimate_memory(
     # Gradients of earlier parts, or the buckets of DistributedDataParallel, exist before a pass.
     gradients_before = trained if share.accumulate > 1 or share.processes > 1 else 0
     return MemoryEstimate(
-        weights=_bytes([*model.parameters(), *model.buffers()]),
+        weights=_bytes([*model.parameters(), *model.buffers(), *frozen]),
         optimizer=_moments(config, model, trained) + (trained if options.flat else 0),
         average=_bytes(model.live_student().state_dict().values()) if config.ema else 0,
         images=_resident(dataset) if device.type == "cuda" else 0,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from fastokd.errors import ConfigError
-from fastokd.train.config import TrainConfig, check_method, method_of
+from fastokd.train.config import TEACHER, TrainConfig, check_method, method_of
 from fastokd.train.fields import check_value, infos
 
 
@@ -20,6 +20,7 @@ def check_config(config: TrainConfig) -> None:
         check_value(name, getattr(config, name), info)
     for is_broken, message in (
         *_rules(config),
+        *_teacher_rules(config),
         *_late_teaching_rules(config),
         *_weight_rules(config),
     ):
@@ -31,12 +32,6 @@ def check_config(config: TrainConfig) -> None:
 def _rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
     """Rules over several fields: whether the configuration breaks them, and the message."""
     method, name = method_of(config), f"method '{config.method}'"
-    yield (
-        method.needs_teacher and not config.model_options()["teacher"],
-        f"{name} needs a trained teacher: pass --method-options teacher=RUN (a run folder or an"
-        " exported student), teacher=torchvision:resnet50:WEIGHTS.pth,"
-        " teacher=timm:NAME:WEIGHTS.safetensors, or teacher=ROWS.npy",
-    )
     part, least = config.device_batch, 1 if config.sync_bn else 2
     divisor = f"a divisor of batch_size={config.batch_size}"
     yield (
@@ -74,6 +69,28 @@ def _rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
     )
 
 
+def _teacher_rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
+    """The rules of a frozen teacher, as ``_rules``."""
+    method, name = method_of(config), f"method '{config.method}'"
+    yield (
+        method.needs_teacher and not config.teacher_spec(),
+        f"{name} needs a trained teacher: pass --teacher RUN (a run folder or an exported student),"
+        " torchvision:resnet50, timm:NAME:WEIGHTS.safetensors, or ROWS.npy",
+    )
+    yield (
+        method.needs_teacher and config.teacher and config.model_options()["teacher"],
+        f"teacher={config.teacher}: --method-options names another teacher; pass one of them",
+    )
+    for field in TEACHER[1:]:
+        value = getattr(config, field)
+        is_set = value != getattr(TrainConfig, field)
+        yield (
+            is_set and method.needs_teacher,
+            f"{field}={value}: {name} sets its teacher's terms by --method-options; omit it",
+        )
+        yield is_set and not config.teacher, f"{field}={value}: there is no teacher; pass --teacher"
+
+
 def _late_teaching_rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
     """The rules of ``teach_from``, as ``_rules``."""
     if not config.teach_from:
@@ -97,7 +114,7 @@ def _late_teaching_rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
         f" alone; use {'--topology branches' if branched else 'a method with branches, e.g. ahbf'}",
     )
     yield (
-        config.num_branches() == 1 and not method.needs_teacher,
+        config.num_branches() == 1 and not config.teacher_spec(),
         f"{name} and method '{config.method}': no branch could teach; omit teach_from",
     )
     yield (

@@ -1,4 +1,4 @@
-"""The frozen teacher of a run, which its option ``teacher`` names: a network or stored rows."""
+"""The frozen teacher of a run, which ``teacher`` names: a network or stored rows."""
 
 import dataclasses
 import hashlib
@@ -20,6 +20,8 @@ from fastokd.train.build import before_teaching, build_model, is_before_teaching
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, load_config
 from fastokd.train.data import AnyDataset
+from fastokd.train.pretrained import pretrained_weights
+from fastokd.train.weight_files import read_file, unwrapped
 
 RESIDENT_BYTES = 2**30
 """Stored rows up to this size are kept on the device; of larger ones each batch reads its own."""
@@ -73,11 +75,12 @@ class Renormalized(nn.Module):
 
 def with_absolute_teacher(config: TrainConfig) -> TrainConfig:
     """The configuration with an absolute path of the teacher, to resume the run from any folder."""
-    spec = config.method_options.get("teacher")
-    if not get_method(config.method).needs_teacher or not isinstance(spec, str) or not spec:
+    library, name, path = _parse(config.teacher_spec())
+    if path is None:
         return config
-    library, name, path = _parse(spec)
     absolute = f"{library}:{name}:{path.absolute()}" if library else str(path.absolute())
+    if config.teacher:
+        return dataclasses.replace(config, teacher=absolute)
     options = {**config.method_options, "teacher": absolute}
     return dataclasses.replace(config, method_options=options)
 
@@ -89,13 +92,14 @@ def check_teacher(config: TrainConfig) -> None:
         ConfigError: the option is wrong.
         CheckpointError: the file is missing.
     """
-    if not get_method(config.method).needs_teacher:
+    if not (spec := config.teacher_spec()):
         return
-    spec = str(config.model_options()["teacher"])
-    library, _, path = _parse(spec)
-    if not path.exists():
+    library, name, path = _parse(spec)
+    if path is None:
+        pretrained_weights(library, name)
+    elif not path.exists():
         raise CheckpointError(f"there is no teacher at {path} (teacher={spec})")
-    if path.is_dir():
+    elif path.is_dir():
         find_export(path, (".safetensors",))
     elif not library and path.suffix not in (".pt", ".npy", ".safetensors"):
         raise ConfigError(
@@ -103,46 +107,49 @@ def check_teacher(config: TrainConfig) -> None:
             " student (.safetensors) or stored rows (.npy, .safetensors); for weights of a"
             " library's network use torchvision:NAME:FILE or timm:NAME:FILE"
         )
-    stored = not library and _holds_rows(path)
+    stored = _holds_rows(library, path)
     for name in ("mixup", "cutmix"):
         if stored and (alpha := getattr(config, name)):
             raise ConfigError(
                 f"{name}={alpha:g}: stored rows are of unmixed images; use 0, or a network"
             )
-    if not stored and _kind_of_rows(config) != "logits":
+    if not stored and (rows := _setting(config, "teacher_rows")) != "logits":
+        raise ConfigError(f"teacher_rows={rows!r}: teacher={spec} is a network; use logits")
+    normalization = _setting(config, "teacher_normalization")
+    if normalization != "data" and (not library or path is None):
         raise ConfigError(
-            f"teacher_rows={_kind_of_rows(config)!r}: teacher={spec} is a network; use logits"
-        )
-    normalization = config.model_options()["teacher_normalization"]
-    if not library and normalization != "data":
-        raise ConfigError(
-            f"teacher_normalization={normalization!r} is for networks of torchvision and timm, not"
-            f" for teacher={spec}; omit it"
+            f"teacher_normalization={normalization!r} is for networks of torchvision and timm with"
+            f" weights in a file, not for teacher={spec}; omit it"
         )
 
 
-def _kind_of_rows(config: TrainConfig) -> str:
-    return str(config.loss_options().get("teacher_rows", "logits"))
+def _setting(config: TrainConfig, name: str) -> str:
+    """The value of a field about the teacher, which methods that need one have as an option."""
+    value = getattr(config, name)
+    if get_method(config.method).needs_teacher:
+        value = {**config.loss_options(), **config.model_options()}.get(name, value)
+    return str(value)
 
 
 def open_teacher(config: TrainConfig, dataset: AnyDataset, device: torch.device) -> Teacher | None:
-    """The teacher that a run's configuration names; None for methods without one.
+    """The teacher that a run's configuration names; None without one.
 
     Raises:
         ConfigError, MissingExtra: the option is wrong, or its library is not installed.
         CheckpointError: missing, damaged, or with other classes or images than the run's.
     """
-    if not get_method(config.method).needs_teacher:
+    if not (spec := config.teacher_spec()):
         return None
-    spec = str(config.model_options()["teacher"])
     library, name, path = _parse(spec)
-    if not library and _holds_rows(path):
-        return _open_rows(path, _kind_of_rows(config), dataset, device)
-    given = (dataset.mean, dataset.std)
-    if library:
+    given: tuple[Any, Any] = (dataset.mean, dataset.std)
+    if path is None:
+        network, wanted = _pretrained_network(library, name, dataset)
+    elif library:
         network = _library_network(library, name, path, len(dataset.classes))
-        imagenet = config.model_options()["teacher_normalization"] == "imagenet"
+        imagenet = _setting(config, "teacher_normalization") == "imagenet"
         wanted = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else given
+    elif _holds_rows(library, path):
+        return _open_rows(path, _setting(config, "teacher_rows"), dataset, device)
     else:
         network, wanted = _own_network(path, dataset)
     digest = hashlib.sha256()
@@ -162,28 +169,33 @@ def teacher_network(config: TrainConfig, num_classes: int) -> nn.Module | None:
         ConfigError, CheckpointError, MissingExtra: as ``open_teacher``. The weights of a library's
             network are not read.
     """
-    if not get_method(config.method).needs_teacher:
-        return None
-    library, name, path = _parse(str(config.model_options()["teacher"]))
+    library, name, path = _parse(config.teacher_spec())
     if library:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             return library_network(f"{library}:{name}", num_classes)
-    return None if _holds_rows(path) else read_network(path)[0]
+    return None if path is None or _holds_rows(library, path) else read_network(path)[0]
 
 
-def _parse(spec: str) -> tuple[str, str, Path]:
-    """Library and network ("" for fastokd's own), and the file or folder."""
+def _parse(spec: str) -> tuple[str, str, Path | None]:
+    """Library and network ("" for fastokd's own), and the file or folder; None for the library's
+    published weights, and for no teacher.
+    """
     head, _, rest = spec.partition(":")
     if head not in LIBRARIES:
-        return "", "", Path(spec)
-    name, _, file = rest.partition(":")
-    if not name or not file:
-        raise ConfigError(f"teacher={spec}: name the network and its weights, {head}:NAME:FILE")
-    return head, name, Path(file)
+        return "", "", Path(spec) if spec else None
+    name, mark, file = rest.partition(":")
+    if not name or bool(mark) != bool(file):
+        raise ConfigError(
+            f"teacher={spec}: name the network, {head}:NAME for its published weights or"
+            f" {head}:NAME:FILE"
+        )
+    return head, name, Path(file) if file else None
 
 
-def _holds_rows(path: Path) -> bool:
-    """True if a file holds stored rows, not a network."""
+def _holds_rows(library: str, path: Path | None) -> bool:
+    """True if a file holds stored rows, not a network or weights of a library's network."""
+    if library or path is None:
+        return False
     if path.suffix != ".safetensors":
         return path.suffix == ".npy"
     from safetensors import SafetensorError, safe_open
@@ -268,35 +280,35 @@ def _own_network(path: Path, dataset: AnyDataset) -> tuple[nn.Module, tuple[Any,
     return network, (data["mean"], data["std"])
 
 
+def _pretrained_network(
+    library: str, name: str, dataset: AnyDataset
+) -> tuple[nn.Module, tuple[Any, Any]]:
+    """A network of torchvision or timm with its published weights, and their normalization."""
+    weights, count = pretrained_weights(library, name), len(dataset.classes)
+    if weights.num_classes != count:
+        raise CheckpointError(
+            f"the teacher {weights.name} has weights for {weights.num_classes} classes, the data"
+            f" has {count} ({summarize(dataset.classes, 4)}); use a teacher with the same classes"
+            f" and order, or {weights.name}:FILE"
+        )
+    network = _with_weights(library, name, weights.read(), count, weights.source)
+    return network, (weights.mean, weights.std)
+
+
 def _library_network(library: str, name: str, path: Path, num_classes: int) -> nn.Module:
     """A network of torchvision or timm with the weights in a file."""
+    weights, _ = unwrapped(read_file(path)[0], path)
+    return _with_weights(library, name, weights, num_classes, str(path))
+
+
+def _with_weights(
+    library: str, name: str, weights: Mapping[str, Tensor], num_classes: int, where: str
+) -> nn.Module:
     full_name = f"{library}:{name}"
     network = library_network(full_name, num_classes)
-    weights = without_auxiliary(full_name, _read_weights(path))
     try:
-        load_weights(network, weights, str(path))
+        load_weights(network, without_auxiliary(full_name, weights), where)
     except CheckpointError as error:
         setting = f"{library}'s {name} with the data's {num_classes} classes"
         raise CheckpointError(f"{error} ({setting})") from error
     return network
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict in a file, possibly in an entry "state_dict" or "model"."""
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            weights: Any = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for damaged bytes
-        message = f"{path} is damaged or has no weights ({first_line(error)})"
-        raise CheckpointError(message) from error
-    for entry in ("state_dict", "model"):
-        if isinstance(weights, dict) and isinstance(weights.get(entry), dict):
-            weights = weights[entry]
-    values = list(weights.values()) if isinstance(weights, dict) else []
-    if not values or not all(isinstance(value, Tensor) for value in values):
-        raise CheckpointError(f"{path} has no weights: it must hold a dictionary of tensors")
-    return weights

@@ -19,9 +19,9 @@ from fastokd.experiments.analysis.tables import (
 )
 from fastokd.export import load_student
 from fastokd.train.compute import (
-    ALONE,
     NetworkCosts,
     equal_compute_epochs,
+    is_alone,
     network_costs,
     scaled,
     student_alone,
@@ -172,7 +172,7 @@ def compare(groups: Sequence[Group], latency: bool = True) -> Comparison:
                 other
                 for other, each in zip(groups, costs, strict=True)
                 if cost and each and each.name == cost.name
-                if other.config.method == ALONE and _speed_key(other) == _speed_key(group)
+                if is_alone(other.config) and _speed_key(other) == _speed_key(group)
             ),
             None,
         )
@@ -194,12 +194,12 @@ def compare(groups: Sequence[Group], latency: bool = True) -> Comparison:
 
 def _equal_epochs(group: Group, groups: Sequence[Group]) -> Reference:
     same = [other for other in groups if other.network == group.network]
-    alone = [other for other in same if other.config.method == ALONE] or same[:1]
+    alone = [other for other in same if is_alone(other.config)] or same[:1]
     equal = [other for other in alone if other.config.epochs == group.config.epochs]
     if not equal:
         run = f"run of {alone[0].label.partition(',')[0]} with {group.config.epochs} epochs"
         return Reference(None, PairedTest((), None, f"there is no {run}"))
-    taught = group.config.method != ALONE
+    taught = not is_alone(group.config)
     other = (
         min(equal, key=lambda each: len(_setting_differences(group, each))) if taught else equal[0]
     )
@@ -217,12 +217,12 @@ def _equal_compute(
     groups: Sequence[Group],
     computes: Sequence[Compute | None],
 ) -> Reference:
-    if group.config.method == ALONE or compute is None or compute.total is None:
+    if is_alone(group.config) or compute is None or compute.total is None:
         return Reference()
     tolerance = max(EQUAL_COMPUTE, 0.5 / (compute.epochs_alone - 0.5))
     candidates = []
     for other, each in zip(groups, computes, strict=True):
-        if other.config.method == ALONE and other.network == group.network and each and each.total:
+        if is_alone(other.config) and other.network == group.network and each and each.total:
             distance = abs(each.total / compute.total - 1)
             if distance <= tolerance:
                 different = len(_setting_differences(group, other))
@@ -417,7 +417,7 @@ def _missing_reference(row: Row, rows: Sequence[Row]) -> str:
     network = row.group.network
     if all(other.group is row.group or other.group.network != network for other in rows):
         return f"No difference for {{}}: there are no other runs of {network}."
-    if row.group.config.method == ALONE or row.equal_compute.group is not None:
+    if is_alone(row.group.config) or row.equal_compute.group is not None:
         return ""
     if row.compute is None or row.compute.total is None:
         return "No difference at equal compute for {}: the training compute is not known."

@@ -11,7 +11,7 @@ from typing import Any
 from fastokd.errors import CheckpointError, ConfigError
 from fastokd.export.record import parse_record
 from fastokd.train.checkpoint import load_newest
-from fastokd.train.compute import ALONE, kept_branch, student_alone, student_network
+from fastokd.train.compute import ALONE, student_alone, student_network
 from fastokd.train.config import TrainConfig, fields_with_role, reference_loss
 from fastokd.train.fields import Role
 from fastokd.train.run_folder import RunFolder, read_json_object
@@ -278,7 +278,7 @@ def _student_row(config: TrainConfig, path: Path) -> str:
         rows = reference_loss(config).graph.logits
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    return AVERAGE if config.ema else rows[kept_branch(config)]
+    return AVERAGE if config.ema else rows[config.kept_branch()]
 
 
 def _data(

@@ -11,7 +11,7 @@ from fastokd.experiments.analysis.runs import config_differences, value_in_words
 from fastokd.experiments.analysis.tables import Table, spread
 from fastokd.experiments.sweep.plan import Plan, Record, plan_runs
 from fastokd.experiments.sweep.results import Measured
-from fastokd.train.compute import ALONE, equal_compute_student, student_alone
+from fastokd.train.compute import equal_compute_student, is_alone, student_alone
 
 P = TypeVar("P", bound=Plan)
 
@@ -27,7 +27,7 @@ def add_students_alone(plan: P) -> P:
         ConfigError, DataError, CheckpointError: the data or a teacher cannot be opened.
     """
     students = {name: student_alone(config) for name, config in plan.configs.items()}
-    configs = {name: each for name, each in students.items() if plan.configs[name].method == ALONE}
+    configs = {name: each for name, each in students.items() if is_alone(plan.configs[name])}
     taught = [name for name, jobs in plan.jobs.items() if jobs and name not in configs]
     if not taught:
         raise ConfigError(

@@ -186,8 +186,8 @@ class Plan(ABC):
         checked = set()
         for config in configs:
             dataset = self.dataset(config)
-            teacher = config.method_options.get("teacher")
-            if teacher is not None and (key := (teacher, config.model, config.data)) not in checked:
+            teacher = config.teacher_spec()
+            if teacher and (key := (teacher, config.model, config.data)) not in checked:
                 open_teacher(config, dataset, torch.device("cpu"))
                 checked.add(key)
 

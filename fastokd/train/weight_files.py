@@ -1,0 +1,65 @@
+"""Files of weights: the dictionary of tensors in them, whatever wraps it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastokd.errors import CheckpointError, first_line, summarize
+from fastokd.export import strip_wrappers
+
+ENTRIES = ("state_dict", "model", "model_state_dict", "network", "net")
+"""Entries of a file that may hold the weights, in order of preference."""
+AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+"""Entries with averaged weights, used if the file has none of ``ENTRIES``."""
+
+
+def read_file(path: Path) -> tuple[Mapping[str, Any], bool]:
+    """The content of a file on the CPU, and True for a student or checkpoint of fastokd.
+
+    Raises:
+        CheckpointError: unreadable, or with pickled objects other than tensors.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix != ".safetensors":
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = content if isinstance(content, Mapping) else {}
+            return content, {"config_hash", "classes", "model"} <= content.keys()
+        with safe_open(path, framework="pt") as file:
+            is_own = "fastokd" in (file.metadata() or {})
+        return load_file(path), is_own
+    except Exception as error:  # damaged bytes raise many kinds
+        reason = first_line(error)
+        if "weights_only" in str(error) or "Weights only" in reason:
+            reason = (
+                "it has pickled objects other than tensors, which are not loaded because they could"
+                " run code; save the state dict alone"
+            )
+        message = f"{path} is damaged or not a file of weights ({reason})"
+        raise CheckpointError(message) from error
+
+
+def unwrapped(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], str]:
+    """The state dict in the content of a file, without prefixes of wrappers, and its entry, such as
+    "model"; "" if it is the whole content.
+
+    Raises:
+        CheckpointError: there is none; the message names ``path``.
+    """
+    entries: list[str] = []
+    while True:
+        found = (name for name in (*ENTRIES, *AVERAGES) if isinstance(content.get(name), Mapping))
+        if (entry := next(found, None)) is None:
+            break
+        entries.append(entry)
+        content = content[entry]
+    tensors = {name: each for name, each in content.items() if isinstance(each, Tensor)}
+    if not tensors:
+        names = summarize([str(name) for name in content])
+        raise CheckpointError(f"{path} has no weights: no dictionary of tensors ({names})")
+    return strip_wrappers(tensors), ".".join(entries)
