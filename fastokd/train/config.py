@@ -30,6 +30,12 @@ def _list_loaders() -> Sequence[str]:
     return (*list_loaders(), "auto")
 
 
+def _list_policies() -> Sequence[str]:
+    from fastokd.data.policies import POLICIES
+
+    return tuple(POLICIES)
+
+
 DATA, MODEL, METHOD, OPTIMIZATION, PERFORMANCE, CHECKPOINTS, LOGGING = map(Group, GROUPS)
 SPEED, SWITCH, TRAINED, OF_METHOD = Role.SPEED, Role.SWITCH, Role.TRAINED, Role.OF_METHOD
 OPTIONAL = EXECUTION | SPEED | SWITCH
@@ -156,6 +162,27 @@ class TrainConfig:
     mixup: float = DATA(0.0, "Alpha of mixup; 0: no mixup", ge=0, role=SPEED)
     cutmix: float = DATA(
         0.0, "Alpha of CutMix; 0: no CutMix. With mixup, each batch uses either", ge=0, role=SPEED
+    )
+    auto_augment: str = DATA(
+        "none",
+        "Augmentation policy, applied to each image after crop and flip",
+        choices=_list_policies,
+        role=SPEED,
+    )
+    auto_augment_options: Mapping[str, OptionValue] = DATA(
+        {},
+        "Options of --auto-augment; randaugment: num_ops=2 magnitude=9; autoaugment:"
+        " policy=imagenet, cifar10 or svhn; augmix: severity=3",
+        role=SPEED,
+    )
+    color_jitter: float = DATA(
+        0.0,
+        "Color jitter: factors of brightness, contrast and saturation from 1 - value to 1 + value",
+        ge=0,
+        role=SPEED,
+    )
+    random_erasing: float = DATA(
+        0.0, "Probability of erasing a random box of a training image", ge=0, le=1, role=SPEED
     )
     resize_schedule: Mapping[int, int] = DATA(
         {},
@@ -318,8 +345,11 @@ RETIRED = {
     "merge_first_conv": Retired(False, "method_options", "merged first convolutions were removed")
 }
 
-ADDED = ("teach_from",)
+ADDED = ("teach_from", "auto_augment", "auto_augment_options", "color_jitter", "random_erasing")
 """Fields that earlier versions did not have."""
+
+WITH_OPTIONS = ("method_options", "loader_options", "auto_augment_options")
+"""Fields whose options are set one by one."""
 
 
 def identity_fields(config: TrainConfig) -> list[tuple[str, Any]]:
@@ -327,11 +357,11 @@ def identity_fields(config: TrainConfig) -> list[tuple[str, Any]]:
     fields and without unused added ones, so that hashes are the same in all versions.
     """
     retired = {field.before: (name, field.off) for name, field in RETIRED.items()}
-    pairs = []
+    pairs, defaults = [], vars(TrainConfig())
     for name, info in infos(config).items():
         if name in retired:
             pairs.append(retired[name])
-        unused = name in ADDED and getattr(config, name) == getattr(TrainConfig, name)
+        unused = name in ADDED and getattr(config, name) == defaults[name]
         if not info.role & Role.RESUME and not unused:
             pairs.append((name, getattr(config, name)))
     return pairs
@@ -454,9 +484,7 @@ def override(base: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
         changed = {name: defaults[name] for name in fields_with_role(Role.OF_METHOD)}
         base = dataclasses.replace(base, **changed)
     options = {
-        name: {**getattr(base, name), **changes[name]}
-        for name in ("method_options", "loader_options")
-        if name in changes
+        name: {**getattr(base, name), **changes[name]} for name in WITH_OPTIONS if name in changes
     }
     return dataclasses.replace(base, **{**changes, **options})
 

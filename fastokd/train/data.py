@@ -84,6 +84,8 @@ def with_augmentation(config: TrainConfig, dataset: AnyDataset) -> AnyDataset:
     """
     chosen = {"pad": config.pad, "flip": config.flip, "padding": config.padding}
     changes: dict[str, Any] = {name: each for name, each in chosen.items() if each is not None}
+    changes |= {"policy": config.auto_augment, "policy_options": config.auto_augment_options}
+    changes |= {"color_jitter": config.color_jitter, "erasing": config.random_erasing}
     if config.pad is not None:
         if config.pad > min(dataset.image_size):
             height, width = dataset.image_size
@@ -116,10 +118,10 @@ def loader_name(
     if isinstance(dataset, Dataset):
         return "resident"
     if seen is not None:
-        kind = get_loader_kind(before := seen.get("loader", "resident"))
-        if not kind.decoded and kind.reason_against(device, dataset.splits) is None:
+        kind, splits = get_loader_kind(before := seen.get("loader", "resident")), dataset.splits
+        if not kind.decoded and kind.reason_against(device, splits, config.auto_augment) is None:
             return before
-    return best_file_loader(device, dataset.splits)
+    return best_file_loader(device, dataset.splits, config.auto_augment)
 
 
 def explain_loader(
@@ -139,7 +141,8 @@ def explain_loader(
     reason = "the images are large or too many for memory"
     line = f"loader {name}: {reason}, so they are decoded while training"
     for other in itertools.takewhile(lambda other: other != name, file_loaders()):
-        if reason_against := get_loader_kind(other).reason_against(device, dataset.splits):
+        kind = get_loader_kind(other)
+        if reason_against := kind.reason_against(device, dataset.splits, config.auto_augment):
             line += f"; {other} cannot run ({reason_against})"
     return line
 

@@ -13,8 +13,10 @@ def check_config(config: TrainConfig) -> None:
     Raises:
         ConfigError: names the field, its value and the fix.
     """
+    from fastokd.data.policies import policy_options
     from fastokd.ops import check_impl
 
+    policy_options(config.auto_augment, config.auto_augment_options)
     check_method(config)
     for name, info in infos(config).items():
         check_value(name, getattr(config, name), info)
@@ -26,6 +28,8 @@ def check_config(config: TrainConfig) -> None:
 
 def _rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
     """Rules over several fields: whether the configuration breaks them, and the message."""
+    from fastokd.data.loader import get_loader_kind
+
     method, name = method_of(config), f"method '{config.method}'"
     yield (
         method.needs_teacher and not config.model_options()["teacher"],
@@ -56,6 +60,9 @@ def _rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
     for field, alpha in (("mixup", config.mixup), ("cutmix", config.cutmix)):
         reason = "it stores predictions of each image, and a mixed image is two"
         yield method.needs_index and alpha, f"{field}={alpha:g} and {name}: {reason}; use 0"
+    policy, loader = config.auto_augment, config.loader
+    lacks = None if loader == "auto" else get_loader_kind(loader).lacks(policy)
+    yield lacks, f"auto_augment={policy} and loader={loader}: {lacks}"
     schedule = config.resize_schedule
     sizes = f"resize_schedule={schedule!r}: it must be of"
     yield not all(0 <= each < epochs for each in schedule), f"{sizes} epochs from 0 to {epochs - 1}"
