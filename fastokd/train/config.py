@@ -145,6 +145,9 @@ class TrainConfig:
         ge=0,
         role=TRAINED | OF_METHOD,
     )
+    label_smoothing: float | None = OPTIMIZATION(
+        None, "Label smoothing of every cross-entropy", unset="the preset's", ge=0, lt=1
+    )
     seed: int = OPTIMIZATION(
         0, "Seed of initialization, order and augmentation", ge=0, lt=2**31, role=Role.REPEAT
     )
@@ -153,6 +156,12 @@ class TrainConfig:
     )
     val_split: float = DATA(
         0.0, "Fraction of the training images to evaluate on, instead of the test split", ge=0, lt=1
+    )
+    normalization: str = DATA(
+        "data",
+        "Mean and standard deviation of pixels: the data's, or ImageNet's, e.g. for pretrained"
+        " weights",
+        choices=("data", "imagenet"),
     )
     pad: int | None = DATA(None, "Padding of random crops in pixels", unset="the data's", ge=0)
     flip: bool | None = DATA(None, "Random horizontal flips", unset="the data's")
@@ -311,6 +320,8 @@ class TrainConfig:
         """The keyword arguments of the method's loss: the preset's, then the overrides."""
         method, options = method_of(self), self.method_options
         overrides = {name: options[name] for name in options if name not in method.model_options}
+        if self.label_smoothing is not None:
+            overrides["label_smoothing"] = self.label_smoothing
         return {**method.loss_class.presets[self.preset], **overrides, "impl": self.impl}
 
     def model_options(self) -> dict[str, OptionValue]:
@@ -345,7 +356,10 @@ RETIRED = {
     "merge_first_conv": Retired(False, "method_options", "merged first convolutions were removed")
 }
 
-ADDED = ("teach_from", "auto_augment", "auto_augment_options", "color_jitter", "random_erasing")
+ADDED = (
+    *("teach_from", "auto_augment", "auto_augment_options", "color_jitter", "random_erasing"),
+    *("label_smoothing", "normalization"),
+)
 """Fields that earlier versions did not have."""
 
 WITH_OPTIONS = ("method_options", "loader_options", "auto_augment_options")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from fastokd.data import (
     make_loader,
     open_dataset,
 )
-from fastokd.data.files import SMALL, peek_sizes
+from fastokd.data.files import IMAGENET_MEAN, IMAGENET_STD, SMALL, peek_sizes
 from fastokd.data.images import MEMORY_FRACTION, Progress
 from fastokd.data.loader import best_file_loader, file_loaders, get_loader_kind
 from fastokd.errors import ConfigError
@@ -93,6 +93,32 @@ def with_augmentation(config: TrainConfig, dataset: AnyDataset) -> AnyDataset:
             raise ConfigError(f"pad={config.pad}: it must not exceed {images}")
         changes["crop_scale"] = None
     return dataclasses.replace(dataset, augment=dataclasses.replace(dataset.augment, **changes))
+
+
+def normalization(config: TrainConfig, dataset: AnyDataset) -> tuple[Sequence[float], ...]:
+    """Mean and standard deviation of a new run's pixels, as fractions of 255."""
+    if config.normalization == "imagenet":
+        return IMAGENET_MEAN, IMAGENET_STD
+    return dataset.mean, dataset.std
+
+
+def prepared(
+    config: TrainConfig, dataset: AnyDataset, seen: Mapping[str, Any] | None = None
+) -> AnyDataset:
+    """The dataset with the configuration's normalization and augmentation.
+
+    Args:
+        seen: ``data_record`` of the dataset that the weights were trained on. If the normalization
+            is not the data's, it is the recorded one.
+
+    Raises:
+        ConfigError: as ``with_augmentation``.
+    """
+    mean, std = normalization(config, dataset)
+    if seen is not None and config.normalization != "data":
+        mean, std = seen["mean"], seen["std"]
+    dataset = dataclasses.replace(dataset, mean=tuple(mean), std=tuple(std))
+    return with_augmentation(config, dataset)
 
 
 def data_record(dataset: AnyDataset, loader: str) -> dict[str, Any]:

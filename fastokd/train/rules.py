@@ -60,6 +60,12 @@ def _rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
     for field, alpha in (("mixup", config.mixup), ("cutmix", config.cutmix)):
         reason = "it stores predictions of each image, and a mixed image is two"
         yield method.needs_index and alpha, f"{field}={alpha:g} and {name}: {reason}; use 0"
+    smoothing, option = config.label_smoothing, config.method_options.get("label_smoothing")
+    yield (
+        None not in (smoothing, option) and smoothing != option,
+        f"label_smoothing={smoothing} and method_options label_smoothing={option}: omit one of"
+        " them",
+    )
     policy, loader = config.auto_augment, config.loader
     lacks = None if loader == "auto" else get_loader_kind(loader).lacks(policy)
     yield lacks, f"auto_augment={policy} and loader={loader}: {lacks}"

@@ -21,7 +21,7 @@ from fastokd.train.config import (
     identity_fields,
     load_config,
 )
-from fastokd.train.data import AnyDataset, loader_for, open_data, with_augmentation
+from fastokd.train.data import AnyDataset, loader_for, open_data, prepared
 from fastokd.train.distributed import Ranks, choose_device, from_main
 from fastokd.train.ema import StudentAverage
 from fastokd.train.fields import Role
@@ -160,7 +160,7 @@ def load_run(
             warnings.warn(complaint, stacklevel=2)
     else:
         state, file = load_checkpoint(run.best), run.best
-    dataset = with_augmentation(config, open_data(config, where, state["data"], progress))
+    dataset = prepared(config, open_data(config, where, state["data"], progress), state["data"])
     check_classes(str(path), state, dataset)
     criterion = None
     if is_before_teaching(load_config(state["config"], str(file)), state):

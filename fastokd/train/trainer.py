@@ -34,7 +34,7 @@ from fastokd.train.data import (
     loader_for,
     loader_name,
     open_data,
-    with_augmentation,
+    prepared,
 )
 from fastokd.train.describe import describe_extension, describe_late_teaching, describe_loss
 from fastokd.train.distributed import (
@@ -117,7 +117,7 @@ class Trainer:
         if dataset is None:
             with contextlib.closing(reporter), local_main_first():
                 dataset = open_data(config, self.device, saved_data, reporter.decoding)
-        self.dataset = with_augmentation(config, dataset)
+        self.dataset = prepared(config, dataset, saved_data)
         self.teacher = teacher = open_teacher(config, self.dataset, self.device)
         if largest_batch is not None:
             size, reason = fit_batch_size(config, self.dataset, self.device, teacher, largest_batch)
