@@ -14,7 +14,7 @@ from fastokd.data.policies import apply_policy
 from fastokd.data.random_crop import erasures, jitters, uniforms
 from fastokd.errors import ConfigError
 from fastokd.train.config import TrainConfig, identity_fields
-from fastokd.train.data import loader_for, open_data, with_augmentation
+from fastokd.train.data import data_record, loader_for, open_data, prepared, with_augmentation
 from fastokd.train.rules import check_config
 
 POLICIES = ("randaugment", "trivialaugment", "autoaugment", "augmix")
@@ -275,3 +275,14 @@ def test_unused_augmentation_keeps_identity_of_earlier_versions():
     assert not {"auto_augment", "auto_augment_options", "color_jitter"} & set(names)
     names = [name for name, _ in identity_fields(TrainConfig(data="digits", color_jitter=0.1))]
     assert "color_jitter" in names
+
+
+@pytest.mark.parametrize("seen", [None, {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}])
+def test_normalization_is_imagenets_or_the_recorded_one(seen):
+    cpu, config = torch.device("cpu"), TrainConfig(data="digits")
+    dataset = open_data(config, cpu)
+    assert prepared(config, dataset).mean == dataset.mean
+    imagenet = TrainConfig(data="digits", normalization="imagenet")
+    record = data_record(prepared(imagenet, dataset, seen), "resident")
+    assert record["mean"] == (seen["mean"] if seen else [0.485, 0.456, 0.406])
+    assert record["std"] == (seen["std"] if seen else [0.229, 0.224, 0.225])
