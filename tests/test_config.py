@@ -11,13 +11,16 @@ from bench import option_page
 from fastokd.data.augment import PADDINGS
 from fastokd.data.files import BAD_IMAGES
 from fastokd.errors import ConfigError
+from fastokd.methods import list_methods
+from fastokd.train.compute import student_alone
 from fastokd.train.config import (
     TrainConfig,
     fields_with_role,
     identity_fields,
-    load_config,
     override,
+    reference_loss,
 )
+from fastokd.train.config_files import load_config
 from fastokd.train.fields import GROUPS, Info, Role, infos
 from fastokd.train.rules import check_config
 
@@ -32,6 +35,7 @@ ROLES = {
         *("batch_size", "device_batch", "image_size", "resize_schedule", "mixup", "cutmix"),
         *("loader", "loader_options", "optimizer", "ema", "precision", "channels_last", "impl"),
         *("compile", "cuda_graph", "flat", "cast_once", "sync_bn", "deterministic"),
+        *("auto_augment", "auto_augment_options", "color_jitter", "random_erasing"),
     },
     Role.SWITCH: {*("channels_last", "compile", "cuda_graph", "streams", "flat", "cast_once")},
     Role.TRAINED: {
@@ -98,6 +102,27 @@ def test_override_with_another_method_resets_its_fields() -> None:
     merged = override(base, {"method_options": {"lambda_ta": 1.0}})
     assert merged.method_options == {"temperature": 2.0, "lambda_ta": 1.0}
     assert dataclasses.replace(merged, method_options=base.method_options) == base
+
+
+@pytest.mark.parametrize("method", list_methods())
+def test_label_smoothing_sets_loss_option_of_every_method(method) -> None:
+    assert reference_loss(TrainConfig(method=method)).graph.label_smoothing == 0
+    for smoothed in ({"label_smoothing": 0.2}, {"method_options": {"label_smoothing": 0.2}}):
+        assert reference_loss(TrainConfig(method=method, **smoothed)).graph.label_smoothing == 0.2
+
+
+def test_label_smoothing_and_different_option_are_refused() -> None:
+    option = {"label_smoothing": 0.1}
+    check_config(TrainConfig(label_smoothing=0.1, method_options=option))
+    with pytest.raises(ConfigError, match=r"label_smoothing=0\.2 and method_options"):
+        check_config(TrainConfig(label_smoothing=0.2, method_options=option))
+
+
+def test_label_smoothing_holds_for_the_student_alone() -> None:
+    config = TrainConfig(label_smoothing=0.1, method_options={"label_smoothing": 0.1})
+    assert student_alone(config).label_smoothing == 0.1
+    check_config(student_alone(config))
+    assert override(config, {"method": "dml"}).label_smoothing == 0.1
 
 
 def test_retired_field_is_ignored_or_warns(recwarn) -> None:

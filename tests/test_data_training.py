@@ -15,7 +15,8 @@ from fastokd import cli
 from fastokd.data import Dataset
 from fastokd.errors import ConfigError, DataError
 from fastokd.train.checkpoint import load_checkpoint
-from fastokd.train.config import TrainConfig, load_config
+from fastokd.train.config import TrainConfig
+from fastokd.train.config_files import load_config
 from fastokd.train.data import explain_loader, loader_name, open_data
 from fastokd.train.progress import Reporter
 from fastokd.train.rules import check_config

@@ -14,6 +14,7 @@ from fastokd.errors import CheckpointError, ConfigError
 from fastokd.models import create_model, create_student
 from fastokd.train.compute import student_alone
 from fastokd.train.config import TrainConfig, identity_fields
+from fastokd.train.data import data_record, prepared
 from fastokd.train.export_run import export_run
 from fastokd.train.initial import (
     InitialWeights,
@@ -26,7 +27,7 @@ from fastokd.train.initial import (
 from fastokd.train.progress import Reporter
 from fastokd.train.rules import check_config
 from fastokd.train.run_folder import RunFolder
-from fastokd.train.runs import newest_checkpoint
+from fastokd.train.runs import load_run, newest_checkpoint
 from fastokd.train.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -412,3 +413,50 @@ def test_student_alone_starts_from_the_same_weights_at_the_same_split():
     )
     assert student_alone(peers).weights == ("a.pt", "b.pt")[peers.kept_branch()]
     check_config(alone)
+
+
+# --- normalization
+
+
+@pytest.mark.parametrize(
+    ("normalization", "expected"),
+    [("auto", (0.5, 0.2)), ("weights", (0.5, 0.2)), ("data", None), ("imagenet", None)],
+)
+def test_normalization_follows_the_weights_unless_told_otherwise(digits, normalization, expected):
+    config = dataclasses.replace(CONFIG, weights="a.pt", normalization=normalization)
+    known = ((0.5,) * 3, (0.2,) * 3)
+    given = prepared(config, digits, of_weights=known)
+    if expected is not None:
+        assert (given.mean, given.std) == known
+        # Evaluation and resumed runs take the recorded one, without the weights.
+        record = data_record(given, "resident")
+        again = prepared(config, digits, record)
+        assert (again.mean, again.std) == known
+    elif normalization == "data":
+        assert (given.mean, given.std) == (digits.mean, digits.std)
+    else:
+        assert given.mean == (0.485, 0.456, 0.406)
+    without = prepared(dataclasses.replace(config, normalization="auto"), digits)
+    assert (without.mean, without.std) == (digits.mean, digits.std)
+
+
+def test_unknown_normalization_of_weights_is_refused(digits):
+    config = dataclasses.replace(CONFIG, weights="a.pt", normalization="weights")
+    with pytest.raises(ConfigError, match="does not state its normalization"):
+        prepared(config, digits)
+    with pytest.raises(ConfigError, match="the run starts from random weights"):
+        check_config(dataclasses.replace(CONFIG, normalization="weights"))
+
+
+def test_run_from_another_run_keeps_its_normalization(tmp_path, trained, digits):
+    """In training, evaluation, as a teacher and in the exported student."""
+    other = dataclasses.replace(digits, mean=(0.4,) * 3, std=(0.3,) * 3)
+    config = dataclasses.replace(CONFIG, weights=str(trained), epochs=1)
+    mean, std = read_weights(trained).normalization
+    trainer = make(config, tmp_path / "run", other)
+    assert (list(trainer.dataset.mean), list(trainer.dataset.std)) == (list(mean), list(std))
+    trainer.run()
+    again = read_weights(tmp_path / "run")
+    assert again.normalization == (mean, std)
+    loaded = load_run(tmp_path / "run", data="digits")
+    assert list(loaded.dataset.mean) == list(mean)

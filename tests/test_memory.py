@@ -17,7 +17,8 @@ from fastokd.data import Augment, Batch, Dataset, Split
 from fastokd.errors import ConfigError
 from fastokd.storage import format_bytes
 from fastokd.train.build import build_model
-from fastokd.train.config import TrainConfig, read_config
+from fastokd.train.config import TrainConfig
+from fastokd.train.config_files import read_config
 from fastokd.train.distributed import Ranks
 from fastokd.train.memory import FILL, batch_sizes, describe_memory, estimate_memory, fit_batch_size
 from fastokd.train.step import TrainStep

@@ -28,7 +28,8 @@ from fastokd.experiments.recipes.recipe import by_name, given
 from fastokd.models import BranchedModel, create_model, find_backbone
 from fastokd.models.summary import count_parameters
 from fastokd.train.build import model_layout
-from fastokd.train.config import TrainConfig, read_config
+from fastokd.train.config import TrainConfig
+from fastokd.train.config_files import read_config
 from fastokd.train.rules import check_config
 
 DATA = Path(__file__).parent / "data"

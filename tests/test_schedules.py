@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fastokd.errors import ConfigError
-from fastokd.train.config import config_from_mapping
+from fastokd.train.config_files import config_from_mapping
 from fastokd.train.rules import check_config
 
 

@@ -755,7 +755,8 @@ def test_stopped_sweep_resumes_with_same_result(tmp_path, monkeypatch, capsys):
         ("branches=2,3,2", "the value 2 is listed twice; remove one"),
         (
             "branches.x=2",
-            "branches has no option 'x'; only method_options and loader_options have options",
+            "branches has no option 'x'; only method_options and loader_options and"
+            " auto_augment_options have options",
         ),
         ("method_options.=2", "method_options has no option ''"),
         (

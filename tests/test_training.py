@@ -19,7 +19,8 @@ from fastokd.models import create_student
 from fastokd.train import checkpoint, run_folder
 from fastokd.train import trainer as trainer_module
 from fastokd.train.checkpoint import ENTRIES, load_checkpoint, load_newest, serialize
-from fastokd.train.config import TrainConfig, load_config
+from fastokd.train.config import TrainConfig
+from fastokd.train.config_files import load_config
 from fastokd.train.progress import Reporter
 from fastokd.train.rules import check_config
 from fastokd.train.run_folder import RunFolder

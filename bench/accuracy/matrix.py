@@ -18,7 +18,8 @@ from fastokd.experiments.sweep.plan import Plan, Record, Results, plan_runs
 from fastokd.experiments.sweep.queue import Job
 from fastokd.storage import write_json
 from fastokd.train.compute import total_training_flops, training_flops
-from fastokd.train.config import TrainConfig, config_from_mapping, differences
+from fastokd.train.config import TrainConfig, differences
+from fastokd.train.config_files import config_from_mapping
 from fastokd.train.run_folder import read_json_object
 
 Entry = dict[str, Any]

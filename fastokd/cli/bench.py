@@ -13,7 +13,7 @@ from fastokd.experiments.step_images import decoded_images, synthetic_images
 from fastokd.experiments.step_timer import StepRow
 from fastokd.storage import write_json
 from fastokd.train.config import TrainConfig
-from fastokd.train.data import open_data, with_augmentation
+from fastokd.train.data import open_data, prepared
 from fastokd.train.distributed import choose_device
 from fastokd.train.rules import check_config
 
@@ -80,7 +80,7 @@ def step(
     else:
         with progress_bar("reading images") as progress:
             dataset = open_data(config, where, progress=progress)
-            images = decoded_images(config, with_augmentation(config, dataset))
+            images = decoded_images(config, prepared(config, dataset))
     benchmark = StepBenchmark(config, images, where, seconds=seconds, steps=steps)
     height, width = images.image_size
     say(

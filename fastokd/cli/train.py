@@ -21,7 +21,8 @@ from fastokd.cli.options import (
     with_options,
 )
 from fastokd.errors import EXIT_OK, ConfigError
-from fastokd.train.config import TrainConfig, override, read_config
+from fastokd.train.config import TrainConfig, override
+from fastokd.train.config_files import read_config
 from fastokd.train.fields import GROUPS, Info, infos
 from fastokd.train.launch import check_launched, launch, launched
 from fastokd.train.signals import StopSignals

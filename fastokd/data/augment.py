@@ -5,12 +5,15 @@ Random choices are drawn before, on the CPU, so that they are equal on all devic
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastokd.data.policies import NO_POLICY, policy_options
 from fastokd.errors import ConfigError
 
 PADDINGS = ("zero", "reflect")
@@ -18,7 +21,8 @@ PADDINGS = ("zero", "reflect")
 
 @dataclass(frozen=True)
 class Augment:
-    """The augmentation policy of the training split: a random crop, then a random horizontal flip.
+    """The augmentation of the training split, in this order: a random crop, a random horizontal
+    flip, a policy, color jitter, and, after the normalization, random erasing.
 
     Args:
         pad: pixels added on every side before a crop of the original size; 0 for no such crop.
@@ -29,6 +33,10 @@ class Augment:
             None for no such crops. They need images of the original size, and so a loader that
             decodes while training.
         crop_ratio: the range of their aspect ratio, width / height.
+        policy, policy_options: a policy and its options, see ``fastokd.data.policies.POLICIES``.
+        color_jitter: brightness, contrast and saturation are multiplied, in random order, by
+            factors from [1 - color_jitter, 1 + color_jitter].
+        erasing: the probability that a box of 2 to 33 % of an image's area is set to the mean.
     """
 
     pad: int = 0
@@ -36,8 +44,17 @@ class Augment:
     padding: str = "zero"
     crop_scale: tuple[float, float] | None = None
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    policy: str = NO_POLICY
+    policy_options: Mapping[str, Any] = field(default_factory=dict)
+    color_jitter: float = 0.0
+    erasing: float = 0.0
 
     def __post_init__(self) -> None:
+        policy_options(self.policy, self.policy_options)
+        if not 0 <= self.color_jitter < math.inf:
+            raise ConfigError(f"color_jitter={self.color_jitter}: it must be at least 0")
+        if not 0 <= self.erasing <= 1:
+            raise ConfigError(f"random_erasing={self.erasing}: it must be in [0, 1]")
         if self.pad < 0:
             raise ConfigError(f"augment pad={self.pad} is negative; use 0 for no random crop")
         if self.padding not in PADDINGS:
@@ -54,6 +71,11 @@ class Augment:
         if not 0 < ratios[0] <= ratios[1] < math.inf:
             needed = "must be a range of width / height, 0 < low <= high"
             raise ConfigError(f"augment crop_ratio={ratios}: it {needed}")
+
+    @property
+    def has_policy(self) -> bool:
+        """True if a policy is applied to each image."""
+        return self.policy != NO_POLICY
 
     def evaluation_side(self, side: int) -> int:
         """The side that evaluated images are scaled to before a center crop of ``side`` pixels.
@@ -110,6 +132,40 @@ def _reflected(positions: Tensor, size: int) -> Tensor:
 def flip(images: Tensor, flipped: Tensor) -> Tensor:
     """Flip those of the images [B, H, W, C] horizontally where ``flipped``, bool [B], is true."""
     return torch.where(flipped.view(-1, 1, 1, 1), images.flip(2), images)
+
+
+def jitter(images: Tensor, choices: Tensor) -> Tensor:
+    """Change brightness, contrast and saturation as torchvision's functions of these names do.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        choices: float32 [B, 3, 2], on the images' device: the three operations of each image in
+            order (0 brightness, 1 contrast, 2 saturation), each with its factor.
+
+    Returns:
+        uint8 [B, H, W, 3].
+    """
+    for choice in choices.unbind(1):
+        operation, factor = choice[:, :, None, None, None].unbind(1)
+        pixels = images.float()
+        red, green, blue = pixels.split(1, dim=-1)
+        gray = (0.2989 * red + 0.587 * green + 0.114 * blue).floor()
+        other = torch.where(operation == 1, gray.mean((1, 2), keepdim=True), gray)
+        other = torch.where(operation == 0, 0.0, other)
+        images = (pixels * factor + other * (1 - factor)).clamp(0, 255).to(torch.uint8)
+    return images
+
+
+def erase(images: Tensor, boxes: Tensor) -> Tensor:
+    """Set a box of each normalized image [B, H, W, C] to 0, the mean of the data.
+
+    ``boxes`` is int64 [B, 4] (top, bottom, left, right) on the images' device.
+    """
+    top, bottom, left, right = boxes.view(-1, 4, 1, 1).unbind(1)
+    y = torch.arange(images.shape[1], device=images.device)[:, None]
+    x = torch.arange(images.shape[2], device=images.device)
+    box = (y >= top) & (y < bottom) & (x >= left) & (x < right)
+    return images.masked_fill(box[..., None], 0.0)
 
 
 def normalize(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

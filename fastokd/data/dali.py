@@ -8,6 +8,7 @@ interrupted epoch is resumed from one number instead of the pipeline's serialize
 
 import math
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastokd.data import stream
+from fastokd.data import dali_policies, stream
+from fastokd.data.dali_policies import DaliPolicy
 from fastokd.data.files import FileSplit, replacement_index
 from fastokd.data.images import decode, default_workers, reason_of
 from fastokd.data.loader import LoaderKind
@@ -128,14 +130,29 @@ class DaliLoader(StreamLoader):
             raise ConfigError(f"decoder='mixed' decodes on the GPU, {runs}; use decoder=cpu")
         if self.options.resize == "torch" and on_gpu:
             raise ConfigError(f"resize='torch' scales on the CPU, {runs}; use resize=dali")
+        self._policy = self._open_policy()
         self._mixed = on_gpu and self.options.decoder != "cpu"
-        self._by_torch = not on_gpu and self.options.resize != "dali"
+        self._by_torch = not on_gpu and self.options.resize != "dali" and self._policy is None
         self._threads = self.options.threads or default_threads(on_gpu)
         self._pool: ThreadPoolExecutor | None = None
         self._device_id = gpu_number(self.device)
         self._requests: Iterator[Request] = iter(())
         self._in_flight: deque[Request] = deque()
         self._archives: dict[str, NDArray[np.uint8]] = {}
+
+    def _open_policy(self) -> DaliPolicy | None:
+        """The augmentation policy, which DALI applies to images that it has scaled."""
+        if not (self.train and self.augment.has_policy):
+            return None
+        given = f"auto_augment={self.augment.policy} and loader dali"
+        if self.augment.policy not in dali_policies.POLICIES:
+            raise ConfigError(f"{given}: DALI does not have this policy; use --loader torchvision")
+        if self.options.resize == "torch":
+            raise ConfigError(f"{given}: resize='torch' is not supported; use resize=dali")
+        if self.augment.pad and self.augment.padding != "zero":
+            fix = "use --padding zero or --loader torchvision"
+            raise ConfigError(f"{given}: padding={self.augment.padding} is not supported; {fix}")
+        return DaliPolicy(self.augment)
 
     def close(self) -> None:
         super().close()
@@ -237,7 +254,16 @@ class DaliLoader(StreamLoader):
                 encoded.append(np.frombuffer(os.fsencode(path), np.uint8))
             else:
                 encoded.append(self._archive(path)[start : start + size])
-        return (encoded,) if request.candidates is None else (encoded, request.candidates)
+        inputs: list[Any] = (
+            [encoded] if request.candidates is None else [encoded, request.candidates]
+        )
+        if self._policy is not None and request.draws is not None:
+            offsets, flipped, numbers = request.draws
+            inputs += self._policy.draw(numbers)
+            inputs.append(flipped.numpy().astype(np.int32)[:, None])
+            if self.augment.pad:
+                inputs.append((offsets.numpy() - self.augment.pad).astype(np.int32))
+        return tuple(inputs)
 
     def _archive(self, path: str) -> NDArray[np.uint8]:
         if path not in self._archives:
@@ -277,7 +303,8 @@ class DaliLoader(StreamLoader):
         for row, i in enumerate(request.indices.tolist()):
             one = slice(row, row + 1)
             candidates = None if request.candidates is None else request.candidates[one]
-            single = Request(request.framing, request.indices[one], candidates)
+            draws = None if request.draws is None else request.draws.row(row)
+            single = Request(request.framing, request.indices[one], candidates, draws)
             try:
                 waiting.append(self._inputs(single))
                 if pipeline is None:
@@ -294,22 +321,38 @@ class DaliLoader(StreamLoader):
         return corrupt
 
     def _build(self, batch_size: int, prefetch: int, source: Any) -> "Pipeline":
-        from nvidia.dali.pipeline import Pipeline
+        from nvidia.dali.pipeline import Pipeline, do_not_convert, pipeline_def
 
         sizes = (batch_size, self._threads, self._device_id)
-        pipeline = Pipeline(*sizes, prefetch_queue_depth=prefetch, exec_dynamic=True)
-        with pipeline:
-            pipeline.set_outputs(self._define(source))
+        settings: dict[str, Any] = {"prefetch_queue_depth": prefetch, "exec_dynamic": True}
+        if (policy := self._policy) is None:
+            pipeline = Pipeline(*sizes, **settings)
+            with pipeline:
+                pipeline.set_outputs(self._define(source)[0])
+        else:
+            define, size = do_not_convert(self._define), self.framing.size
+
+            def graph() -> Node:  # DALI rewrites its conditions and those of functions it calls
+                images, drawn = define(source)
+                return policy.apply(images, drawn, size)
+
+            settings |= {"batch_size": batch_size, "num_threads": self._threads}
+            settings |= {"device_id": self._device_id, "enable_conditionals": True}
+            with warnings.catch_warnings():  # DALI's policies use names that DALI deprecates
+                warnings.simplefilter("ignore", DeprecationWarning)
+                pipeline = pipeline_def(graph, **settings)()
         pipeline.build()
         return pipeline
 
-    def _define(self, source: Any) -> Node:
+    def _define(self, source: Any) -> tuple[Node, list[Node]]:
         """The pipeline from the result of ``_inputs`` to uint8 images, HWC: of one size, or for
-        torch to scale.
+        torch to scale; and the policy's inputs.
         """
         fn, _, types = _dali()
-        framing, options, in_files = self.framing, self.options, self.split.members is None
-        kinds = [types.UINT8, types.FLOAT64][: 2 if framing.random else 1]
+        crops = [types.FLOAT64] if self.framing.random else []
+        draws = [types.INT32] * (0 if self._policy is None else 4 + bool(self.augment.pad))
+        kinds = [types.UINT8, *crops, *draws]
+        in_files = self.split.members is None
         inputs = fn.external_source(
             source=source,
             num_outputs=len(kinds),
@@ -318,8 +361,20 @@ class DaliLoader(StreamLoader):
             batch=True,
             no_copy=not in_files,
         )
-        encoded = inputs[0]
-        if in_files:
+        images = self._decoded(inputs[0], inputs[1] if crops else None)
+        if not draws:
+            return images, []
+        operations, bins, signs, flipped, *corners = inputs[-len(draws) :]
+        if corners:
+            crop: dict[str, Any] = {"start": corners[0], "shape": list(self.framing.size)}
+            images = fn.slice(images, **crop, axes=(0, 1), out_of_bounds_policy="pad")
+        return fn.flip(images, horizontal=flipped[0]), [operations, bins, signs]
+
+    def _decoded(self, encoded: Node, candidates: Node | None) -> Node:
+        """Images cropped and scaled from files or their names."""
+        fn, _, types = _dali()
+        framing, options = self.framing, self.options
+        if self.split.members is None:
             encoded = fn.io.file.read(encoded, dont_use_mmap=not options.mmap)
         how: dict[str, Any] = {
             "device": "mixed" if self._mixed else "cpu",
@@ -338,7 +393,8 @@ class DaliLoader(StreamLoader):
         shape = fn.peek_image_shape(encoded, dtype=types.FLOAT64)
         height, width = shape[0], shape[1]
         if framing.random:
-            top, left, height, width = _window(inputs[1], height, width, framing.augment.crop_ratio)
+            ratio = framing.augment.crop_ratio
+            top, left, height, width = _window(candidates, height, width, ratio)
             start, extent = _integers(top, left), _integers(height, width)
             pixels = fn.decoders.image_slice(encoded, start=start, shape=extent, axes=(0, 1), **how)
             return pixels if self._by_torch else self._resize(pixels, framing.size)
@@ -446,4 +502,10 @@ def _central(outer: Node, inner: int) -> Node:
     return half + (spare - 2.0 * half) * (half - 2.0 * math.floor(half / 2.0))
 
 
-LOADER = LoaderKind(DaliLoader, decoded=False, missing=missing_dali, unsuitable=unsuitable_for_dali)
+LOADER = LoaderKind(
+    DaliLoader,
+    decoded=False,
+    missing=missing_dali,
+    unsuitable=unsuitable_for_dali,
+    policies=dali_policies.POLICIES,
+)

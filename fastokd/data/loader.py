@@ -11,6 +11,7 @@ from torch import Tensor
 from fastokd.data.augment import Augment, Mixing
 from fastokd.data.dataset import AnySplit, Dataset, Split
 from fastokd.data.files import FileDataset, FileSplit
+from fastokd.data.policies import NO_POLICY
 from fastokd.errors import ConfigError, DataError
 from fastokd.registry import Registry
 
@@ -261,16 +262,29 @@ class LoaderKind:
         missing: the reason why it cannot run on a device, with the fix; None if it can.
         unsuitable: the reason why it cannot decode a split of files, by their names, with the fix;
             None if it can.
+        policies: the augmentation policies that it applies, see ``fastokd.data.policies``.
     """
 
     make: Callable[..., Loader]
     decoded: bool
     missing: Callable[[torch.device], str | None] = lambda device: None
     unsuitable: Callable[[FileSplit], str | None] = lambda split: None
+    policies: Collection[str] = (NO_POLICY,)
 
-    def reason_against(self, device: torch.device, splits: Iterable[FileSplit]) -> str | None:
-        """The reason why it cannot load these files on this device, with the fix, or None."""
-        return self.missing(device) or next(filter(None, map(self.unsuitable, splits)), None)
+    def reason_against(
+        self, device: torch.device, splits: Iterable[FileSplit], policy: str = NO_POLICY
+    ) -> str | None:
+        """The reason why it cannot load these files with a policy on this device, with the fix, or
+        None.
+        """
+        reasons = (self.lacks(policy), self.missing(device), *map(self.unsuitable, splits))
+        return next(filter(None, reasons), None)
+
+    def lacks(self, policy: str) -> str | None:
+        """The reason why it cannot apply an augmentation policy, with the fix, or None."""
+        if policy in self.policies:
+            return None
+        return f"it does not support auto_augment={policy}; use --loader torchvision"
 
 
 _loaders: Registry[LoaderKind] = Registry(
@@ -331,8 +345,9 @@ def make_loader(
     """
     device = torch.device(device)
     decoded = isinstance(dataset, Dataset)
+    augment = dataset.augment if augment is None else augment
     if loader is None and not isinstance(dataset, Dataset):
-        loader = best_file_loader(device, dataset.splits)
+        loader = best_file_loader(device, dataset.splits, augment.policy)
     loader = loader or "resident"
     kind = get_loader_kind(loader)
     if kind.decoded != decoded:
@@ -340,7 +355,7 @@ def make_loader(
         if kind.decoded:
             fix = f"decoded images; open {dataset.name} with open_dataset"
         raise ConfigError(f"loader '{loader}' takes {fix}")
-    if reason := kind.missing(device):
+    if reason := kind.lacks(augment.policy) or kind.missing(device):
         raise ConfigError(f"loader '{loader}' cannot run here: {reason}")
     if not kind.decoded:
         settings.setdefault("size", dataset.image_size)
@@ -354,7 +369,7 @@ def make_loader(
         mean=dataset.mean,
         std=dataset.std,
         num_classes=dataset.num_classes,
-        augment=dataset.augment if augment is None else augment,
+        augment=augment,
         **settings,
     )
 
@@ -364,15 +379,17 @@ def file_loaders() -> Iterator[str]:
     return (name for name in _loaders if not get_loader_kind(name).decoded)
 
 
-def best_file_loader(device: torch.device, splits: Collection[FileSplit]) -> str:
-    """The first of ``file_loaders`` that can decode these splits on this device.
+def best_file_loader(
+    device: torch.device, splits: Collection[FileSplit], policy: str = NO_POLICY
+) -> str:
+    """The first of ``file_loaders`` that can decode these splits with a policy on this device.
 
     Raises:
         ConfigError: no loader can; the message has the reasons.
     """
     reasons = []
     for name in file_loaders():
-        reason = get_loader_kind(name).reason_against(device, splits)
+        reason = get_loader_kind(name).reason_against(device, splits, policy)
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")

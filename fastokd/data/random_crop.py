@@ -15,18 +15,25 @@ from numpy.typing import NDArray
 
 ATTEMPTS = 10
 NUMBERS = 24
-"""Numbers per image: ATTEMPTS areas, ATTEMPTS ratios, the window's position (y, x), the flip, and
-one that is unused.
+"""Numbers per image and purpose. For the purpose "augment": ATTEMPTS areas, ATTEMPTS ratios, the
+window's position (y, x), the flip, and one that is unused. For "erase", the last is for the
+probability.
 """
+
+ERASED_AREA, ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)
+"""Ranges of the area fraction and of height / width of random erasing, as in torchvision."""
 
 _PER_TICK = 4  # numbers that Philox returns for each value of its counter
 
 
-def uniforms(seed: int, epoch: int, start: int, count: int, view: int = 0) -> NDArray[np.float64]:
+def uniforms(
+    seed: int, epoch: int, start: int, count: int, view: int = 0, purpose: str = "augment"
+) -> NDArray[np.float64]:
     """The numbers of the images at positions ``start`` to ``start + count`` of an epoch: [count,
-    NUMBERS], in [0, 1). ``view`` numbers the independent views of each image.
+    NUMBERS], in [0, 1). ``view`` numbers the independent views of each image; numbers for other
+    purposes are independent.
     """
-    text = f"augment/{seed}/{epoch}/{view}"
+    text = f"{purpose}/{seed}/{epoch}/{view}"
     key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest())
     bits = np.random.Philox(key=key).advance(start * (NUMBERS // _PER_TICK))
     whole: NDArray[np.uint64] = bits.random_raw(count * NUMBERS) >> np.uint64(11)
@@ -41,6 +48,41 @@ def flipped(numbers: NDArray[np.float64]) -> NDArray[np.bool_]:
 def offsets(numbers: NDArray[np.float64], pad: int) -> NDArray[np.int64]:
     """The corners (y, x) of crops of images padded by ``pad``: int64 [B, 2] in 0 .. 2 * pad."""
     return (numbers[:, 20:22] * (2 * pad + 1)).astype(np.int64)
+
+
+def policy_seeds(numbers: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The seed of each image's augmentation policy: int64 [B], not negative."""
+    return (numbers[:, 0] * 2.0**53).astype(np.int64)
+
+
+def jitters(numbers: NDArray[np.float64], strength: float) -> NDArray[np.float32]:
+    """The choices of ``fastokd.data.augment.jitter``: float32 [B, 3, 2]. Factors are uniform in [1
+    - strength, 1 + strength], from 0 on.
+    """
+    order = numbers[:, :3].argsort(axis=1)
+    low = max(0.0, 1 - strength)
+    factors = low + (1 + strength - low) * numbers[:, 3:6]
+    return np.stack([order, factors], axis=2).astype(np.float32)
+
+
+def erasures(
+    numbers: NDArray[np.float64], probability: float, size: tuple[int, int]
+) -> NDArray[np.int64]:
+    """The boxes of random erasing (Zhong et al. 2020) in images of ``size`` (height, width), as
+    torchvision draws them: int64 [B, 4] (top, bottom, left, right), empty in images that are kept.
+    """
+    height, width = size
+    drawn = candidates(numbers, ERASED_AREA, ERASED_RATIO)
+    areas, ratios = drawn[:, :ATTEMPTS] * (height * width), drawn[:, ATTEMPTS : 2 * ATTEMPTS]
+    heights = np.rint(np.sqrt(areas * ratios)).astype(np.int64)
+    widths = np.rint(np.sqrt(areas / ratios)).astype(np.int64)
+    fits = (heights < height) & (widths < width)
+    chosen = (np.arange(len(numbers)), fits.argmax(axis=1))
+    erased = fits.any(axis=1) & (numbers[:, NUMBERS - 1] < probability)
+    h, w = heights[chosen] * erased, widths[chosen] * erased
+    top = (numbers[:, 20] * (height - h + 1)).astype(np.int64)
+    left = (numbers[:, 21] * (width - w + 1)).astype(np.int64)
+    return np.stack([top, top + h, left, left + w], axis=1)
 
 
 def candidates(

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastokd.data import loader, random_crop
-from fastokd.data.augment import Augment, crop, flip, mix, normalize
+from fastokd.data.augment import Augment, crop, erase, flip, jitter, mix, normalize
 from fastokd.data.files import MAX_REPLACED, FileSplit, check_bad_images
 from fastokd.data.loader import Batch, LoaderBase, LoaderSettings
+from fastokd.data.policies import PolicyDraws, apply_policy
 from fastokd.errors import ConfigError, DataError, did_you_mean, escape, summarize
 
 Options = TypeVar("Options")
@@ -58,13 +59,15 @@ class Framing:
 
 
 class Request(NamedTuple):
-    """One batch to decode: indices in the split int64 [B], and the candidates [B, 22] for crop
-    windows of random resized crops.
+    """One batch to decode: indices in the split int64 [B], the candidates [B, 22] for crop windows
+    of random resized crops, and the choices for crop, flip and policy if there is a policy, which
+    the decoder then applies.
     """
 
     framing: Framing
     indices: NDArray[np.int64]
     candidates: NDArray[np.float64] | None
+    draws: PolicyDraws | None = None
 
 
 class Decoded(NamedTuple):
@@ -88,6 +91,16 @@ def scaled(image: Tensor, framing: Framing) -> Tensor:
     top = random_crop.central(rows, framing.size[0])
     left = random_crop.central(columns, framing.size[1])
     return v2.crop(image, top, left, *framing.size).permute(1, 2, 0)
+
+
+def with_policy(images: Tensor, augment: Augment, draws: PolicyDraws) -> Tensor:
+    """Crop, flip and apply the policy to images uint8 [B, H, W, 3] on the CPU."""
+    if augment.pad:
+        images = crop(images, draws.offsets, augment.pad, augment.padding)
+    if augment.flip:
+        images = flip(images, draws.flipped)
+    seeds = random_crop.policy_seeds(draws.numbers).tolist()
+    return apply_policy(images, augment.policy, augment.policy_options, seeds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,11 +255,25 @@ class StreamLoader(LoaderBase, ABC):
         starts = range(start + self._position, stop, self.batch_size)
         return [(first, min(first + self.batch_size, stop)) for first in starts]
 
-    def _numbers(self, epoch: int, start: int, stop: int) -> NDArray[np.float64]:
+    def _numbers(
+        self, epoch: int, start: int, stop: int, purpose: str = "augment"
+    ) -> NDArray[np.float64]:
         """The random numbers of a batch's images, view after view: [K * B, NUMBERS]."""
-        count, views = stop - start, range(self.views)
-        parts = [random_crop.uniforms(self.seed, epoch, start, count, view) for view in views]
+        count = stop - start
+        parts = [
+            random_crop.uniforms(self.seed, epoch, start, count, view, purpose)
+            for view in range(self.views)
+        ]
         return np.concatenate(parts)
+
+    def _draws(self, epoch: int, start: int, stop: int) -> PolicyDraws | None:
+        """The choices of a batch for a policy; None without one."""
+        if not (self.train and self.augment.has_policy):
+            return None
+        numbers = self._numbers(epoch, start, stop)
+        offsets = torch.from_numpy(random_crop.offsets(numbers, self.augment.pad))
+        flipped = torch.from_numpy(random_crop.flipped(numbers) & self.augment.flip)
+        return PolicyDraws(offsets, flipped, self._numbers(epoch, start, stop, "policy"))
 
     def _batches(self) -> Generator[Batch, None, None]:
         epoch, framing, ranges = self.epoch, self.framing, self._ranges()
@@ -266,30 +293,30 @@ class StreamLoader(LoaderBase, ABC):
                     candidates = random_crop.candidates(
                         numbers, policy.crop_scale, policy.crop_ratio
                     )
-                yield Request(framing, np.tile(order[start:stop], self.views), candidates)
+                indices = np.tile(order[start:stop], self.views)
+                yield Request(framing, indices, candidates, self._draws(epoch, start, stop))
 
         with contextlib.closing(self._decode(requests())) as decoded:
             for (start, stop), (pixels, indices) in zip(ranges, decoded, strict=True):
-                numbers = self._numbers(epoch, start, stop) if self.train else None
+                where = (epoch, start, stop) if self.train else None
                 choice = None if mixes is None else mixes[self._position // self._step]
                 self._position += self._step if self.train else stop - start
-                yield self._batch(pixels, indices, numbers, choice)
+                yield self._batch(pixels, indices, where, choice)
 
     def _batch(
         self,
         pixels: Tensor,
         indices: NDArray[np.int64],
-        numbers: NDArray[np.float64] | None,
+        where: tuple[int, int, int] | None,
         choice: Tensor | None,
     ) -> Batch:
-        images = pixels.to(self.device, non_blocking=True)
-        if numbers is not None and self.augment.pad:
-            corners = torch.from_numpy(random_crop.offsets(numbers, self.augment.pad))
-            corners = loader.to_device(corners, self.device)
-            images = crop(images, corners, self.augment.pad, self.augment.padding)
-        if numbers is not None and self.augment.flip:
-            flipped = torch.from_numpy(random_crop.flipped(numbers))
-            images = flip(images, loader.to_device(flipped, self.device))
+        images, boxes = pixels.to(self.device, non_blocking=True), None
+        if where is not None:
+            images = self._augmented(images, where)
+            if self.augment.erasing:
+                numbers = self._numbers(*where, "erase")
+                drawn = random_crop.erasures(numbers, self.augment.erasing, self.framing.size)
+                boxes = loader.to_device(torch.from_numpy(drawn), self.device)
         count = len(indices) // self.views
         index = loader.to_device(torch.from_numpy(indices), self.device)[:count]
         target = self._targets.index_select(0, index)
@@ -303,7 +330,9 @@ class StreamLoader(LoaderBase, ABC):
             )
         pixels = out.permute(0, 2, 3, 1)
         if choice is not None:
-            clean = normalize(images, self._scale, self._shift).unflatten(0, (self.views, -1))
+            clean = normalize(images, self._scale, self._shift)
+            clean = clean if boxes is None else erase(clean, boxes)
+            clean = clean.unflatten(0, (self.views, -1))
             choice = loader.to_device(choice, self.device)
             mixed, target = mix(
                 clean, clean.flip(1), target, target.flip(0), choice, self._num_classes
@@ -314,7 +343,27 @@ class StreamLoader(LoaderBase, ABC):
             torch.addcmul(self._shift, images.flatten(1), self._scale, out=pixels.flatten(1))
         else:
             torch.addcmul(self._shift[:3], images, self._scale[:3], out=pixels)
+        if choice is None and boxes is not None:
+            pixels.copy_(erase(pixels, boxes))
         return Batch(out if self.views == 1 else out.unflatten(0, (self.views, -1)), target, index)
+
+    def _augmented(self, images: Tensor, where: tuple[int, int, int]) -> Tensor:
+        """Decoded images uint8 [K * B, H, W, 3] of (epoch, start, stop) with random crops, flips
+        and jitter. With a policy, the decoder has already cropped and flipped them.
+        """
+        numbers = self._numbers(*where)
+        if self.augment.pad and not self.augment.has_policy:
+            corners = torch.from_numpy(random_crop.offsets(numbers, self.augment.pad))
+            corners = loader.to_device(corners, self.device)
+            images = crop(images, corners, self.augment.pad, self.augment.padding)
+        if self.augment.flip and not self.augment.has_policy:
+            flipped = torch.from_numpy(random_crop.flipped(numbers))
+            images = flip(images, loader.to_device(flipped, self.device))
+        if self.augment.color_jitter:
+            numbers = self._numbers(*where, "jitter")
+            choices = torch.from_numpy(random_crop.jitters(numbers, self.augment.color_jitter))
+            images = jitter(images, loader.to_device(choices, self.device))
+        return images
 
     def _note_corrupt(self, corrupt: Mapping[int, str]) -> None:
         """Count corrupt images, or stop because of them.

@@ -17,6 +17,7 @@ from fastokd.data import stream
 from fastokd.data.files import FileSplit, replacement_index
 from fastokd.data.images import decode, default_workers, reason_of
 from fastokd.data.loader import LoaderKind
+from fastokd.data.policies import POLICIES
 from fastokd.data.random_crop import window
 from fastokd.data.stream import Decoded, Request, StreamLoader
 from fastokd.errors import DataError
@@ -158,6 +159,8 @@ class _Batches(Dataset[Any]):
             except DataError as error:
                 failure = str(error)
             indices[row] = i
+        if request.draws is not None and not failure:
+            pixels = stream.with_policy(pixels, request.framing.augment, request.draws)
         return pixels, torch.from_numpy(indices), corrupt, failure
 
     def _decode_into(
@@ -201,4 +204,4 @@ def jpeg_decoder() -> Callable[[Tensor], Tensor] | None:
     return functools.partial(decode_jpeg, mode=ImageReadMode.RGB, apply_exif_orientation=True)
 
 
-LOADER = LoaderKind(TorchvisionLoader, decoded=False)
+LOADER = LoaderKind(TorchvisionLoader, decoded=False, policies=tuple(POLICIES))

@@ -4,16 +4,13 @@ files and checkpoints. Importing it does not import torch, so that ``--help`` is
 
 import dataclasses
 import inspect
-import types
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from fastokd.errors import ConfigError, did_you_mean, first_line
+from fastokd.errors import ConfigError, did_you_mean
 from fastokd.train.fields import EXECUTION, GROUPS, Group, Role, infos
 from fastokd.train.schedules import Schedule, scaled_rate
 
@@ -28,6 +25,12 @@ def _list_loaders() -> Sequence[str]:
     from fastokd.data import list_loaders
 
     return (*list_loaders(), "auto")
+
+
+def _list_policies() -> Sequence[str]:
+    from fastokd.data.policies import POLICIES
+
+    return tuple(POLICIES)
 
 
 DATA, MODEL, METHOD, OPTIMIZATION, PERFORMANCE, CHECKPOINTS, LOGGING = map(Group, GROUPS)
@@ -204,6 +207,9 @@ class TrainConfig:
         ge=0,
         role=TRAINED | OF_METHOD,
     )
+    label_smoothing: float | None = OPTIMIZATION(
+        None, "Label smoothing of every cross-entropy", unset="the preset's", ge=0, lt=1
+    )
     seed: int = OPTIMIZATION(
         0, "Seed of initialization, order and augmentation", ge=0, lt=2**31, role=Role.REPEAT
     )
@@ -213,6 +219,12 @@ class TrainConfig:
     val_split: float = DATA(
         0.0, "Fraction of the training images to evaluate on, instead of the test split", ge=0, lt=1
     )
+    normalization: str = DATA(
+        "auto",
+        "Mean and standard deviation of pixels: the data's, ImageNet's, or those of the trained"
+        " weights that the run starts from; auto: the weights', if known, else the data's",
+        choices=("auto", "data", "imagenet", "weights"),
+    )
     pad: int | None = DATA(None, "Padding of random crops in pixels", unset="the data's", ge=0)
     flip: bool | None = DATA(None, "Random horizontal flips", unset="the data's")
     padding: str | None = DATA(
@@ -221,6 +233,27 @@ class TrainConfig:
     mixup: float = DATA(0.0, "Alpha of mixup; 0: no mixup", ge=0, role=SPEED)
     cutmix: float = DATA(
         0.0, "Alpha of CutMix; 0: no CutMix. With mixup, each batch uses either", ge=0, role=SPEED
+    )
+    auto_augment: str = DATA(
+        "none",
+        "Augmentation policy, applied to each image after crop and flip",
+        choices=_list_policies,
+        role=SPEED,
+    )
+    auto_augment_options: Mapping[str, OptionValue] = DATA(
+        {},
+        "Options of --auto-augment; randaugment: num_ops=2 magnitude=9; autoaugment:"
+        " policy=imagenet, cifar10 or svhn; augmix: severity=3",
+        role=SPEED,
+    )
+    color_jitter: float = DATA(
+        0.0,
+        "Color jitter: factors of brightness, contrast and saturation from 1 - value to 1 + value",
+        ge=0,
+        role=SPEED,
+    )
+    random_erasing: float = DATA(
+        0.0, "Probability of erasing a random box of a training image", ge=0, le=1, role=SPEED
     )
     resize_schedule: Mapping[int, int] = DATA(
         {},
@@ -358,6 +391,8 @@ class TrainConfig:
         """The keyword arguments of the method's loss: the preset's, then the overrides."""
         method, options = method_of(self), self.method_options
         overrides = {name: options[name] for name in options if name not in method.model_options}
+        if self.label_smoothing is not None:
+            overrides["label_smoothing"] = self.label_smoothing
         return {**method.loss_class.presets[self.preset], **overrides, "impl": self.impl}
 
     def model_options(self) -> dict[str, OptionValue]:
@@ -407,8 +442,13 @@ ADDED = (
     *TEACHER,
     *("weights", "pretrained", "branch_init"),
     *("decay", "trunk_lr", "head_lr", "layer_decay", "freeze_epochs", "head_epochs"),
+    *("auto_augment", "auto_augment_options", "color_jitter", "random_erasing"),
+    *("label_smoothing", "normalization"),
 )
 """Fields that earlier versions did not have."""
+
+WITH_OPTIONS = ("method_options", "loader_options", "auto_augment_options")
+"""Fields whose options are set one by one."""
 
 
 def identity_fields(config: TrainConfig) -> list[tuple[str, Any]]:
@@ -416,11 +456,11 @@ def identity_fields(config: TrainConfig) -> list[tuple[str, Any]]:
     fields and without unused added ones, so that hashes are the same in all versions.
     """
     retired = {field.before: (name, field.off) for name, field in RETIRED.items()}
-    pairs = []
+    pairs, defaults = [], vars(TrainConfig())
     for name, info in infos(config).items():
         if name in retired:
             pairs.append(retired[name])
-        unused = name in ADDED and getattr(config, name) == getattr(TrainConfig, name)
+        unused = name in ADDED and getattr(config, name) == defaults[name]
         if not info.role & Role.RESUME and not unused:
             pairs.append((name, getattr(config, name)))
     return pairs
@@ -499,52 +539,7 @@ def reference_loss(config: TrainConfig) -> "MethodLoss":
     return build_loss(config, "reference")
 
 
-# --- reading and changing configurations
-
-
-def config_from_mapping(values: Mapping[str, Any], where: str) -> TrainConfig:
-    """A configuration from plain values, e.g. of a YAML file; missing fields have their defaults.
-
-    Raises:
-        ConfigError: an unknown field (with the closest name) or a value of the wrong type.
-    """
-    hints = get_type_hints(TrainConfig)
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}: expected a mapping of fields, got {type(values).__name__}")
-    converted: dict[str, Any] = {}
-    for name, value in values.items():
-        if name in RETIRED:
-            if value != RETIRED[name].off:
-                warnings.warn(f"{where}: {name}={value}: {RETIRED[name].reason}", stacklevel=2)
-            continue
-        if name not in hints:
-            raise ConfigError(f"{where}: unknown field '{name}'{did_you_mean(str(name), hints)}")
-        try:
-            converted[name] = _convert(value, hints[name])
-        except (TypeError, ValueError):
-            problem = f"{name}={value!r} has the wrong type"
-            expected = inspect.formatannotation(hints[name])
-            raise ConfigError(f"{where}: {problem}; expected {expected}") from None
-    return TrainConfig(**converted)
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    """A value in the type of its field; a ``TypeError`` or ``ValueError`` if it has another type.
-    Integers are allowed as floats, and YAML's 5e-4, a string, as the number it means.
-    """
-    kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in kinds:
-        return None
-    kind, parts = get_origin(kinds[0]) or kinds[0], get_args(kinds[0])
-    if kind is Mapping and isinstance(value, Mapping):
-        return {_convert(key, parts[0]): _convert(item, parts[1]) for key, item in value.items()}
-    if kind is tuple and isinstance(value, list | tuple):
-        return tuple(_convert(item, parts[0]) for item in value)
-    if kind is float and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kinds) or (kind is int and isinstance(value, bool)):
-        raise TypeError
-    return value
+# --- changing configurations
 
 
 def override(base: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
@@ -554,9 +549,7 @@ def override(base: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
         changed = {name: defaults[name] for name in fields_with_role(Role.OF_METHOD)}
         base = dataclasses.replace(base, **changed)
     options = {
-        name: {**getattr(base, name), **changes[name]}
-        for name in ("method_options", "loader_options")
-        if name in changes
+        name: {**getattr(base, name), **changes[name]} for name in WITH_OPTIONS if name in changes
     }
     return dataclasses.replace(base, **{**changes, **options})
 
@@ -571,29 +564,6 @@ def option_value(text: str) -> OptionValue:
         except ValueError:
             continue
     return text
-
-
-def read_config(path: Path) -> TrainConfig:
-    """A configuration from a YAML file; raises as ``load_config``."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(f"cannot read {path}: {reason}") from None
-    return load_config(text, str(path))
-
-
-def load_config(text: str, where: str) -> TrainConfig:
-    """A configuration from YAML text.
-
-    Raises:
-        ConfigError: the text is not YAML, or a field is wrong.
-    """
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not valid YAML: {first_line(error)}") from error
-    return config_from_mapping(values or {}, where)
 
 
 def differences(one: TrainConfig, other: TrainConfig) -> list[str]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from fastokd.data import (
     make_loader,
     open_dataset,
 )
-from fastokd.data.files import SMALL, peek_sizes
+from fastokd.data.files import IMAGENET_MEAN, IMAGENET_STD, SMALL, peek_sizes
 from fastokd.data.images import MEMORY_FRACTION, Progress
 from fastokd.data.loader import best_file_loader, file_loaders, get_loader_kind
 from fastokd.errors import ConfigError
@@ -84,6 +84,8 @@ def with_augmentation(config: TrainConfig, dataset: AnyDataset) -> AnyDataset:
     """
     chosen = {"pad": config.pad, "flip": config.flip, "padding": config.padding}
     changes: dict[str, Any] = {name: each for name, each in chosen.items() if each is not None}
+    changes |= {"policy": config.auto_augment, "policy_options": config.auto_augment_options}
+    changes |= {"color_jitter": config.color_jitter, "erasing": config.random_erasing}
     if config.pad is not None:
         if config.pad > min(dataset.image_size):
             height, width = dataset.image_size
@@ -91,6 +93,53 @@ def with_augmentation(config: TrainConfig, dataset: AnyDataset) -> AnyDataset:
             raise ConfigError(f"pad={config.pad}: it must not exceed {images}")
         changes["crop_scale"] = None
     return dataclasses.replace(dataset, augment=dataclasses.replace(dataset.augment, **changes))
+
+
+Normalization = tuple[Sequence[float], Sequence[float]]
+"""Mean and standard deviation of pixels, as fractions of 255."""
+
+
+def choose_normalization(
+    config: TrainConfig, dataset: AnyDataset, of_weights: Normalization | None
+) -> Normalization:
+    """The normalization of a new run; ``of_weights`` is that of its initial weights, if known."""
+    if config.normalization == "imagenet":
+        return IMAGENET_MEAN, IMAGENET_STD
+    if config.normalization == "weights" and of_weights is None:
+        raise ConfigError(
+            "normalization=weights: the file of weights does not state its normalization; use"
+            " imagenet or data"
+        )
+    if config.normalization == "data" or of_weights is None:
+        return dataset.mean, dataset.std
+    return of_weights
+
+
+def prepared(
+    config: TrainConfig,
+    dataset: AnyDataset,
+    seen: Mapping[str, Any] | None = None,
+    of_weights: Normalization | None = None,
+) -> AnyDataset:
+    """The dataset with the configuration's normalization and augmentation.
+
+    Args:
+        seen: ``data_record`` of the dataset that the weights were trained on. If the normalization
+            is not the data's, it is the recorded one.
+        of_weights: the normalization of the weights that a new run starts from, if known.
+
+    Raises:
+        ConfigError: as ``with_augmentation``, or the normalization is not known.
+    """
+    starts_random = not (config.weights or config.pretrained)
+    if seen is None:
+        mean, std = choose_normalization(config, dataset, of_weights)
+    elif config.normalization == "data" or (config.normalization == "auto" and starts_random):
+        mean, std = dataset.mean, dataset.std
+    else:
+        mean, std = seen["mean"], seen["std"]
+    dataset = dataclasses.replace(dataset, mean=tuple(mean), std=tuple(std))
+    return with_augmentation(config, dataset)
 
 
 def data_record(dataset: AnyDataset, loader: str) -> dict[str, Any]:
@@ -116,10 +165,10 @@ def loader_name(
     if isinstance(dataset, Dataset):
         return "resident"
     if seen is not None:
-        kind = get_loader_kind(before := seen.get("loader", "resident"))
-        if not kind.decoded and kind.reason_against(device, dataset.splits) is None:
+        kind, splits = get_loader_kind(before := seen.get("loader", "resident")), dataset.splits
+        if not kind.decoded and kind.reason_against(device, splits, config.auto_augment) is None:
             return before
-    return best_file_loader(device, dataset.splits)
+    return best_file_loader(device, dataset.splits, config.auto_augment)
 
 
 def explain_loader(
@@ -139,7 +188,8 @@ def explain_loader(
     reason = "the images are large or too many for memory"
     line = f"loader {name}: {reason}, so they are decoded while training"
     for other in itertools.takewhile(lambda other: other != name, file_loaders()):
-        if reason_against := get_loader_kind(other).reason_against(device, dataset.splits):
+        kind = get_loader_kind(other)
+        if reason_against := kind.reason_against(device, dataset.splits, config.auto_augment):
             line += f"; {other} cannot run ({reason_against})"
     return line
 

@@ -88,6 +88,15 @@ def read_initial(config: TrainConfig) -> list[InitialWeights]:
     return [read_weights(path) for path in weight_files(config)]
 
 
+def normalization_of(
+    config: TrainConfig, initial: Sequence[InitialWeights]
+) -> tuple[Any, Any] | None:
+    """The normalization of the student's initial weights, if known."""
+    if not initial:
+        return None
+    return initial[config.kept_branch() if len(initial) > 1 else 0].normalization
+
+
 def read_weights(path: Path) -> InitialWeights:
     """The weights in a file: safetensors, a state dict of ``torch.save`` (alone or in an entry such
     as "model" or "state_dict"), or a student or checkpoint of fastokd; or in a run folder.

@@ -13,8 +13,10 @@ def check_config(config: TrainConfig) -> None:
     Raises:
         ConfigError: names the field, its value and the fix.
     """
+    from fastokd.data.policies import policy_options
     from fastokd.ops import check_impl
 
+    policy_options(config.auto_augment, config.auto_augment_options)
     check_method(config)
     for name, info in infos(config).items():
         check_value(name, getattr(config, name), info)
@@ -31,6 +33,8 @@ def check_config(config: TrainConfig) -> None:
 
 def _rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
     """Rules over several fields: whether the configuration breaks them, and the message."""
+    from fastokd.data.loader import get_loader_kind
+
     method, name = method_of(config), f"method '{config.method}'"
     part, least = config.device_batch, 1 if config.sync_bn else 2
     divisor = f"a divisor of batch_size={config.batch_size}"
@@ -58,6 +62,15 @@ def _rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
     for field, alpha in (("mixup", config.mixup), ("cutmix", config.cutmix)):
         reason = "it stores predictions of each image, and a mixed image is two"
         yield method.needs_index and alpha, f"{field}={alpha:g} and {name}: {reason}; use 0"
+    smoothing, option = config.label_smoothing, config.method_options.get("label_smoothing")
+    yield (
+        None not in (smoothing, option) and smoothing != option,
+        f"label_smoothing={smoothing} and method_options label_smoothing={option}: omit one of"
+        " them",
+    )
+    policy, loader = config.auto_augment, config.loader
+    lacks = None if loader == "auto" else get_loader_kind(loader).lacks(policy)
+    yield lacks, f"auto_augment={policy} and loader={loader}: {lacks}"
     schedule = config.resize_schedule
     sizes = f"resize_schedule={schedule!r}: it must be of"
     yield not all(0 <= each < epochs for each in schedule), f"{sizes} epochs from 0 to {epochs - 1}"
@@ -138,6 +151,11 @@ def _weight_rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
             f"weights={config.weights}: {count} files for the {len(names)} networks"
             f" {','.join(names)}; pass one for each, separated by commas",
         )
+    yield (
+        config.normalization == "weights" and not trained,
+        "normalization=weights: the run starts from random weights; pass weights or pretrained, or"
+        " omit it",
+    )
     yield (
         config.branch_init and not trained,
         f"branch_init={config.branch_init}: it is for networks with trained weights; pass weights"

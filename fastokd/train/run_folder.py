@@ -34,7 +34,8 @@ from fastokd.storage import (
     write_text,
 )
 from fastokd.train.checkpoint import checkpoint_files
-from fastokd.train.config import TrainConfig, read_config
+from fastokd.train.config import TrainConfig
+from fastokd.train.config_files import read_config
 from fastokd.train.logs import csv_text
 from fastokd.version import __version__
 

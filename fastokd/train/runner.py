@@ -17,9 +17,10 @@ class StepRunner:
     """Runs a step over a loader's batches.
 
     If the step is captured, a loader whose batches are made by tensor operations alone (it has
-    ``gather``) makes them inside the graph; batches of other loaders are copied into tensors that
-    the graph reads. There is one graph for each shape of batch. If a step cannot be captured and
-    the configuration does not require it, ``report`` gets a message and steps run without a graph.
+    ``gather``, and ``capturable`` is not false) makes them inside the graph; batches of other
+    loaders are copied into tensors that the graph reads. There is one graph for each shape of
+    batch. If a step cannot be captured and the configuration does not require it, ``report`` gets a
+    message and steps run without a graph.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class StepRunner:
         on_gpu = self.step.device.type == "cuda"
         if self.step.options.compile and on_gpu and hasattr(loader, "compile"):
             loader.compile()
-        if self.captures and hasattr(loader, "gather"):
+        if self.captures and hasattr(loader, "gather") and getattr(loader, "capturable", True):
             gathering: Any = loader
             self._position.fill_(begin)
             for done in watch(range(begin + 1, len(loader) + 1)):

@@ -14,14 +14,9 @@ from fastokd.errors import CheckpointError, ConfigError, summarize
 from fastokd.export import load_weights
 from fastokd.train.build import before_teaching, build_model, is_before_teaching
 from fastokd.train.checkpoint import checkpoint_files, load_checkpoint, load_newest
-from fastokd.train.config import (
-    TrainConfig,
-    differences,
-    fields_with_role,
-    identity_fields,
-    load_config,
-)
-from fastokd.train.data import AnyDataset, loader_for, open_data, with_augmentation
+from fastokd.train.config import TrainConfig, differences, fields_with_role, identity_fields
+from fastokd.train.config_files import load_config
+from fastokd.train.data import AnyDataset, loader_for, open_data, prepared
 from fastokd.train.distributed import Ranks, choose_device, from_main
 from fastokd.train.ema import StudentAverage
 from fastokd.train.fields import Role
@@ -160,7 +155,7 @@ def load_run(
             warnings.warn(complaint, stacklevel=2)
     else:
         state, file = load_checkpoint(run.best), run.best
-    dataset = with_augmentation(config, open_data(config, where, state["data"], progress))
+    dataset = prepared(config, open_data(config, where, state["data"], progress), state["data"])
     check_classes(str(path), state, dataset)
     criterion = None
     if is_before_teaching(load_config(state["config"], str(file)), state):

@@ -18,7 +18,8 @@ from fastokd.methods import get_method
 from fastokd.models.libraries import LIBRARIES, library_network, without_auxiliary
 from fastokd.train.build import before_teaching, build_model, is_before_teaching
 from fastokd.train.checkpoint import load_checkpoint
-from fastokd.train.config import TrainConfig, load_config
+from fastokd.train.config import TrainConfig
+from fastokd.train.config_files import load_config
 from fastokd.train.data import AnyDataset
 from fastokd.train.pretrained import pretrained_weights
 from fastokd.train.weight_files import read_file, unwrapped

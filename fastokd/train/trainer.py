@@ -26,7 +26,8 @@ from fastokd.train.checkpoint import (
     snapshot,
     state_bytes,
 )
-from fastokd.train.config import TrainConfig, build_loss, load_config
+from fastokd.train.config import TrainConfig, build_loss
+from fastokd.train.config_files import load_config
 from fastokd.train.data import (
     AnyDataset,
     data_record,
@@ -34,7 +35,7 @@ from fastokd.train.data import (
     loader_for,
     loader_name,
     open_data,
-    with_augmentation,
+    prepared,
 )
 from fastokd.train.describe import (
     describe_data,
@@ -52,7 +53,7 @@ from fastokd.train.distributed import (
     share_of_batch,
 )
 from fastokd.train.guard import NonFinite
-from fastokd.train.initial import read_initial, with_absolute_weights
+from fastokd.train.initial import normalization_of, read_initial, with_absolute_weights
 from fastokd.train.late_teaching import build_step, check_late_teaching, check_same_phase
 from fastokd.train.logs import MetricSink, check_sinks, open_sinks
 from fastokd.train.memory import describe_memory, fit_batch_size, is_out_of_memory, out_of_memory
@@ -125,7 +126,8 @@ class Trainer:
         if dataset is None:
             with contextlib.closing(reporter), local_main_first():
                 dataset = open_data(config, self.device, saved_data, reporter.decoding)
-        self.dataset = with_augmentation(config, dataset)
+        initial = read_initial(config) if saved_data is None else []
+        self.dataset = prepared(config, dataset, saved_data, normalization_of(config, initial))
         self.teacher = teacher = open_teacher(config, self.dataset, self.device)
         if largest_batch is not None:
             size, reason = fit_batch_size(config, self.dataset, self.device, teacher, largest_batch)
@@ -134,7 +136,6 @@ class Trainer:
         self.config = config
         if config.teach_epoch():
             check_late_teaching(config, len(self.dataset.classes), self.device, teacher)
-        initial = read_initial(config) if saved_data is None else []
         self._build_step(alone=config.teach_epoch() > 0, initial=initial)
         self._open_loaders()
         self.store: CheckpointStore | None = None

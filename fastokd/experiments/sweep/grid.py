@@ -11,7 +11,9 @@ import yaml
 from fastokd.errors import ConfigError, did_you_mean
 from fastokd.experiments.analysis.runs import value_in_words
 from fastokd.train import config as configs
-from fastokd.train.config import TrainConfig, override
+from fastokd.train.config import WITH_OPTIONS, TrainConfig, override
+from fastokd.train.config_files import config_from_mapping
+from fastokd.train.initial import with_absolute_weights
 from fastokd.train.rules import check_config
 from fastokd.train.teacher import with_absolute_teacher
 
@@ -24,9 +26,6 @@ _OWN_OPTIONS = {
     "data": "use --data; runs on other data cannot be compared",
 }
 """Fields that have separate options on the command line."""
-
-_WITH_OPTIONS = ("method_options", "loader_options")
-"""Fields whose options are set one by one."""
 
 
 class Point(NamedTuple):
@@ -81,10 +80,10 @@ def _check_field(field: str, where: str) -> None:
         hint = did_you_mean(name, set(hints) - set(_OWN_OPTIONS))
         fix = f"options of the method are method_options.NAME{hint}"
         raise ConfigError(f"{where}: unknown field '{name}'; {fix}")
-    if dot and (not option or name not in _WITH_OPTIONS):
-        fix = f"only {' and '.join(_WITH_OPTIONS)} have options, as in method_options.NAME"
+    if dot and (not option or name not in WITH_OPTIONS):
+        fix = f"only {' and '.join(WITH_OPTIONS)} have options, as in method_options.NAME"
         raise ConfigError(f"{where}: {name} has no option '{option}'; {fix}")
-    if not dot and name in _WITH_OPTIONS:
+    if not dot and name in WITH_OPTIONS:
         raise ConfigError(f"{where}: set options one by one, as --set {name}.NAME=VALUE,VALUE")
 
 
@@ -92,7 +91,7 @@ def _converted(field: str, value: Any, where: str) -> Any:
     name, dot, option = field.partition(".")
     if dot:
         value = {option: configs.option_value(value) if isinstance(value, str) else value}
-    converted = getattr(configs.config_from_mapping({name: value}, where), name)
+    converted = getattr(config_from_mapping({name: value}, where), name)
     return converted[option] if dot else converted
 
 
@@ -104,7 +103,8 @@ def grid_points(base: TrainConfig, values: Values) -> list[Point]:
     for combination in itertools.product(*values.values()):
         chosen = dict(zip(values, combination, strict=True))
         point = {field: chosen[field] for field, choices in values.items() if len(choices) > 1}
-        config = with_absolute_teacher(override(base, fields_of(chosen)))
+        config = override(base, fields_of(chosen))
+        config = with_absolute_weights(with_absolute_teacher(config))
         try:
             check_config(config)
         except ConfigError as error:

@@ -1,0 +1,81 @@
+"""Configurations from YAML files and other plain values."""
+
+import inspect
+import types
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from fastokd.errors import ConfigError, did_you_mean, first_line
+from fastokd.train.config import RETIRED, TrainConfig
+
+
+def config_from_mapping(values: Mapping[str, Any], where: str) -> TrainConfig:
+    """A configuration from plain values, e.g. of a YAML file; missing fields have their defaults.
+
+    Raises:
+        ConfigError: an unknown field (with the closest name) or a value of the wrong type.
+    """
+    hints = get_type_hints(TrainConfig)
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected a mapping of fields, got {type(values).__name__}")
+    converted: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in RETIRED:
+            if value != RETIRED[name].off:
+                warnings.warn(f"{where}: {name}={value}: {RETIRED[name].reason}", stacklevel=2)
+            continue
+        if name not in hints:
+            raise ConfigError(f"{where}: unknown field '{name}'{did_you_mean(str(name), hints)}")
+        try:
+            converted[name] = _convert(value, hints[name])
+        except (TypeError, ValueError):
+            problem = f"{name}={value!r} has the wrong type"
+            expected = inspect.formatannotation(hints[name])
+            raise ConfigError(f"{where}: {problem}; expected {expected}") from None
+    return TrainConfig(**converted)
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """A value in the type of its field; a ``TypeError`` or ``ValueError`` if it has another type.
+    Integers are allowed as floats, and YAML's 5e-4, a string, as the number it means.
+    """
+    kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    kind, parts = get_origin(kinds[0]) or kinds[0], get_args(kinds[0])
+    if kind is Mapping and isinstance(value, Mapping):
+        return {_convert(key, parts[0]): _convert(item, parts[1]) for key, item in value.items()}
+    if kind is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(item, parts[0]) for item in value)
+    if kind is float and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kinds) or (kind is int and isinstance(value, bool)):
+        raise TypeError
+    return value
+
+
+def read_config(path: Path) -> TrainConfig:
+    """A configuration from a YAML file; raises as ``load_config``."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"cannot read {path}: {reason}") from None
+    return load_config(text, str(path))
+
+
+def load_config(text: str, where: str) -> TrainConfig:
+    """A configuration from YAML text.
+
+    Raises:
+        ConfigError: the text is not YAML, or a field is wrong.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {first_line(error)}") from error
+    return config_from_mapping(values or {}, where)
