@@ -28,6 +28,7 @@ _modules = [
     "fastokd.experiments.recipes.cifar",
     "fastokd.experiments.recipes.ahbf_studies",
     "fastokd.experiments.recipes.imagenet",
+    "fastokd.experiments.recipes.modern",
     "fastokd.experiments.recipes.tsb",
     "fastokd.experiments.recipes.official",
 ]
