@@ -327,7 +327,7 @@ def test_unavailable_weights_are_refused_before_the_data_is_read(changes, messag
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weights": "a.pt", "pretrained": True}, "give one of them"),
+        ({"weights": "a.pt", "pretrained": True}, "pretrained=false leaves the file"),
         ({"branch_init": "fresh"}, "it is for networks with trained weights"),
         ({"weights": "a.pt", "compression": True}, "pass branch_init=fresh"),
         (

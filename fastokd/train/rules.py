@@ -142,7 +142,8 @@ def _weight_rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
     trained, names = config.weights or config.pretrained, config.model_names()
     yield (
         config.weights and config.pretrained,
-        f"weights={config.weights} and pretrained=True: give one of them",
+        f"weights={config.weights} and pretrained=True: give one of them; pretrained=false leaves the"
+        " file",
     )
     if config.weights and len(names) > 1:
         count = len(config.weights.split(","))

@@ -29,6 +29,7 @@ _modules = [
     "fastokd.experiments.recipes.ahbf_studies",
     "fastokd.experiments.recipes.imagenet",
     "fastokd.experiments.recipes.modern",
+    "fastokd.experiments.recipes.finetune",
     "fastokd.experiments.recipes.tsb",
     "fastokd.experiments.recipes.official",
 ]

@@ -72,6 +72,7 @@ DATASETS = {
     "cifar100": Target("CIFAR-100", 100, 50_000, 10_000),
     "cinic10": Target("CINIC-10", 10, 90_000, 90_000),
     "imagenet": Target("ImageNet", 1000, 1_281_167, 50_000),
+    "images": Target("your own images", 0, 0, 0),
 }
 
 
@@ -88,6 +89,7 @@ class Recipe:
         meaning: ``variant`` in words.
         published: the numbers that papers report for it.
         notes: open points of the sources and the choices made, one sentence or two each.
+        label: the name of a recipe that is not for one dataset and network.
     """
 
     dataset: str
@@ -96,6 +98,7 @@ class Recipe:
     meaning: str = ""
     published: tuple[Published, ...] = ()
     notes: tuple[str, ...] = ()
+    label: str = ""
 
     @property
     def config(self) -> TrainConfig:
@@ -104,7 +107,9 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """Dataset, network, method and variant."""
+        """``label``, or dataset, network, method and variant."""
+        if self.label:
+            return self.label
         model = self.config.model.replace("_imagenet", "").replace("_", "-").replace(",", "-")
         parts = (self.dataset, model, self.config.method.replace("_", "-"), self.variant)
         return "-".join(filter(None, parts))
