@@ -166,7 +166,7 @@ def start_from(
     """Load trained weights into a newly created model, in place.
 
     The trunk and the kept branch get the weights. With ``branch_init="copy"`` every other branch
-    gets those of its own layers, see ``copy_to_branches``; with "fresh" it stays as initialized.
+    gets the same values, see ``copy_to_branches``; with "fresh" it stays as initialized.
     Every peer gets the weights of its network; all but the kept one then get noise on their heads.
     A last layer for another number of classes, or for other classes, stays as initialized.
 

@@ -12,7 +12,7 @@ from fastokd.train.config import TrainConfig
 
 
 class Settings(NamedTuple):
-    """How a parameter is trained.
+    """Settings of a parameter in the optimizer.
 
     Attributes:
         part: "trunk", "body" or "head"; empty for the method's modules.

@@ -13,7 +13,7 @@ from fastokd.export import strip_wrappers
 ENTRIES = ("state_dict", "model", "model_state_dict", "network", "net")
 """Entries of a file that may hold the weights, in order of preference."""
 AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
-"""Entries with averaged weights, used if the file has none of ``ENTRIES``."""
+"""Entries with averaged weights, used if the file has no entry of ``ENTRIES``."""
 
 
 def read_file(path: Path) -> tuple[Mapping[str, Any], bool]:
@@ -49,7 +49,7 @@ def unwrapped(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor]
     "model"; "" if it is the whole content.
 
     Raises:
-        CheckpointError: there is none; the message names ``path``.
+        CheckpointError: no tensors; the message names ``path``.
     """
     entries: list[str] = []
     while True:
