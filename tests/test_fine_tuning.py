@@ -143,6 +143,17 @@ def test_blocks_of_library_networks(name, count, first, last):
     assert (type(found[0]).__name__, type(found[-1]).__name__) == (first, last)
 
 
+@pytest.mark.parametrize("method", ["ahbf", "afid", "ffsd"])
+def test_norms_and_biases_of_methods_are_not_decayed_either(method):
+    config = dataclasses.replace(CONFIG, method=method, branches=None, decay="norm-bias-free")
+    step = TrainStep(config, build_model(config, 10, CPU), CPU)
+    for optimizer, _ in step.optimizers.by_name.values():
+        for group in optimizer.param_groups:
+            vectors = [each.dim() < 2 for each in group["params"]]
+            assert all(vectors) is (group["weight_decay"] == 0)
+            assert any(vectors) is (group["weight_decay"] == 0)
+
+
 def test_defaults_keep_one_group_and_the_identity_of_runs():
     step = TrainStep(CONFIG, build_model(CONFIG, 10, CPU), CPU)
     assert list(step.optimizers.by_name) == ["sgd"]

@@ -143,7 +143,9 @@ class StepBenchmark:
         steps: int | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
-        if config.teacher or get_method(config.method).needs_teacher:
+        if config.teacher:
+            raise ConfigError("the step benchmark has no frozen teacher; omit --teacher")
+        if get_method(config.method).needs_teacher:
             reason = "needs a trained teacher, which the step benchmark does not have"
             raise ConfigError(f"method '{config.method}' {reason}; choose another --method")
         if steps is not None and steps < 1:

@@ -54,8 +54,9 @@ METHOD = Method(
         "teacher": options.Option(
             "",
             "the teacher's source: a run folder, a checkpoint or an exported student of fastokd;"
-            ' "torchvision:NAME:FILE" or "timm:NAME:FILE", that network with the weights in that'
-            " file; or a file of its rows for every training image, .npy or .safetensors.",
+            ' "torchvision:NAME" or "timm:NAME", that network with its published weights, or'
+            ' "torchvision:NAME:FILE" with those in a file;'
+            " or a file of its rows for every training image, .npy or .safetensors.",
         ),
         "teacher_normalization": options.choice(
             "data",

@@ -131,7 +131,7 @@ def student_alone(config: TrainConfig) -> TrainConfig:
         "method_options": smoothing,
     }
     if len(config.model_names()) > 1 and config.weights:
-        changes["weights"] = config.weights.split(",")[config.kept_branch()].strip()
+        changes["weights"] = config.weight_files()[config.kept_branch()]
     if config.freeze_epochs or config.trunk_lr != 1:
         changes["at"] = config.at
     return replace(config, **changes)

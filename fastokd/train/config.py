@@ -150,7 +150,7 @@ class TrainConfig:
         0, "Epochs at the start in which the trunk is not trained", ge=0
     )
     head_epochs: int = OPTIMIZATION(
-        0, "Epochs at the start in which only the heads are trained", ge=0
+        0, "Epochs at the start in which only the heads and the method's modules are trained", ge=0
     )
     clip_grad: float = OPTIMIZATION(0.0, "Maximum norm of the total gradient; 0: no limit", ge=0)
     ema: float = OPTIMIZATION(
@@ -370,6 +370,12 @@ class TrainConfig:
     def model_names(self) -> list[str]:
         """The networks in ``model``: one, or one for each peer."""
         return [name.strip() for name in self.model.split(",")]
+
+    def weight_files(self) -> list[str]:
+        """The files in ``weights``: one, or one for each of several networks; empty if unused."""
+        several = len(self.model_names()) > 1
+        files = self.weights.split(",") if several else [self.weights]
+        return [file.strip() for file in files if file.strip()]
 
     def num_branches(self) -> int:
         """The number of branches, with the default filled in."""

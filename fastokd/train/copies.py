@@ -20,21 +20,19 @@ def copy_to_branches(
 
     A tensor with more input channels (after additional dense layers) gets the values in its first
     channels and zeros in the rest. Additional blocks become the identity if zeros in their last
-    layer are enough, as for residual blocks, and otherwise stay as initialized. A branch without
-    additional blocks gets noise on its head's weights, of a tenth of their standard deviation,
-    because equal branches would get equal gradients.
+    layer are enough, as for residual blocks, and otherwise stay as initialized. Equal branches get
+    noise, see ``separate``.
 
     Args:
         image_size: height and width of the images on which blocks are compared with the identity.
         seed: of the noise.
         fresh: tensors of the kept branch whose counterparts stay as initialized, e.g. a new last
-            layer. If there are some, equal branches differ in them and get no noise.
+            layer.
 
     Returns:
         The number of additional blocks that are not the identity.
     """
     kept = model.branches[model.kept]
-    generator = torch.Generator().manual_seed(seed)
     remaining = 0
     for branch in model.branches:
         if branch is kept:
@@ -42,9 +40,21 @@ def copy_to_branches(
         _copy_tensors(branch, kept, fresh)
         blocks = list(_new_blocks(branch, kept))
         remaining += len(blocks) - len(_make_identities(model, branch, blocks, image_size))
-        if not fresh and len(list(branch.parameters())) == len(list(kept.parameters())):
-            add_noise(branch, generator)
+    separate(model, seed)
     return remaining
+
+
+@torch.no_grad()
+def separate(model: BranchedModel, seed: int) -> None:
+    """Add noise to the heads of branches or peers whose parameters equal the kept one's: of a tenth
+    of each weight's standard deviation. Equal branches would get equal gradients and stay equal.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    kept = list(model.branches[model.kept].parameters())
+    for index, branch in enumerate(model.branches):
+        own = list(branch.parameters())
+        if index != model.kept and len(own) == len(kept) and all(map(torch.equal, own, kept)):
+            _add_noise(branch, generator)
 
 
 def _copy_tensors(branch: nn.Module, kept: nn.Module, fresh: Collection[Tensor]) -> None:
@@ -135,10 +145,9 @@ def _identities(
     return identities
 
 
-@torch.no_grad()
-def add_noise(branch: nn.Module, generator: torch.Generator) -> None:
+def _add_noise(branch: nn.Module, generator: torch.Generator) -> None:
     """Add Gaussian noise to the weights of a branch's head, or of all its layers if the head has no
-    weights; see ``copy_to_branches``.
+    weights.
     """
     part = branch.branch if isinstance(branch, Peer) else branch
     head = [each for each in part.get_submodule("head").parameters() if each.dim() > 1]

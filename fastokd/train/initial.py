@@ -17,7 +17,7 @@ from fastokd.export.state_dict import TWINS
 from fastokd.models import BranchedModel
 from fastokd.models.libraries import without_auxiliary
 from fastokd.train.config import TrainConfig
-from fastokd.train.copies import add_noise, copy_to_branches
+from fastokd.train.copies import copy_to_branches, separate
 from fastokd.train.distributed import local_main_first
 from fastokd.train.pretrained import PretrainedWeights, pretrained_weights
 from fastokd.train.teacher import read_network
@@ -48,16 +48,18 @@ class InitialWeights:
 
 
 def with_absolute_weights(config: TrainConfig) -> TrainConfig:
-    """The configuration with absolute paths of weights, to resume the run from any folder."""
-    paths = ",".join(str(path.absolute()) for path in weight_files(config))
-    return dataclasses.replace(config, weights=paths) if paths else config
+    """The configuration with absolute paths of weights, to resume the run from any folder.
 
-
-def weight_files(config: TrainConfig) -> list[Path]:
-    """The paths in ``weights``: one for each of ``model_names``, or none."""
-    if len(config.model_names()) == 1:
-        return [Path(config.weights)] if config.weights else []
-    return [Path(path.strip()) for path in config.weights.split(",") if path.strip()]
+    Raises:
+        ConfigError: one of several paths contains a comma.
+    """
+    paths = [str(Path(file).absolute()) for file in config.weight_files()]
+    if len(paths) > 1 and any("," in path for path in paths):
+        raise ConfigError(
+            f"weights={','.join(paths)}: with several networks no path may contain a comma; rename"
+            " the folder"
+        )
+    return dataclasses.replace(config, weights=",".join(paths)) if paths else config
 
 
 def check_initial(config: TrainConfig) -> None:
@@ -67,9 +69,9 @@ def check_initial(config: TrainConfig) -> None:
         ConfigError, MissingExtra: a network without trained weights, or timm is not installed.
         CheckpointError: a file is missing.
     """
-    for path in weight_files(config):
-        if not path.exists():
-            raise CheckpointError(f"weights={path}: there is no such file or run folder")
+    for file in config.weight_files():
+        if not Path(file).exists():
+            raise CheckpointError(f"weights={file}: there is no such file or run folder")
     if config.pretrained:
         for name in config.model_names():
             published_weights(name)
@@ -85,7 +87,7 @@ def read_initial(config: TrainConfig) -> list[InitialWeights]:
     if config.pretrained:
         with local_main_first():  # one process of each machine downloads
             return [pretrained(name) for name in config.model_names()]
-    return [read_weights(path) for path in weight_files(config)]
+    return [read_weights(Path(file)) for file in config.weight_files()]
 
 
 def normalization_of(
@@ -167,7 +169,8 @@ def start_from(
 
     The trunk and the kept branch get the weights. With ``branch_init="copy"`` every other branch
     gets the same values, see ``copy_to_branches``; with "fresh" it stays as initialized.
-    Every peer gets the weights of its network; all but the kept one then get noise on their heads.
+    Every peer gets the weights of its network; peers that equal the kept one get noise on their
+    heads.
     A last layer for another number of classes, or for other classes, stays as initialized.
 
     Args:
@@ -205,15 +208,14 @@ def _start_peers(
     branch_init: str,
     seed: int,
 ) -> list[str]:
-    generator, lines = torch.Generator().manual_seed(seed), []
-    for index, branch in enumerate(model.branches):
+    lines = []
+    for index in range(model.num_branches):
         if index != model.kept and branch_init == "fresh":
             continue
         weights = initial[index] if len(initial) > 1 else initial[0]
-        fresh, line = _load_into(model.live_student(index), weights, classes)
+        _, line = _load_into(model.live_student(index), weights, classes)
         lines.append(f"network {index + 1}: {line}")
-        if index != model.kept and not fresh:
-            add_noise(branch, generator)  # equal networks would stay equal
+    separate(model, seed)
     return lines
 
 
@@ -253,17 +255,27 @@ def _load_into(
 def _new_head(
     own: Mapping[str, Tensor], initial: InitialWeights, classes: Sequence[str] | None
 ) -> set[str]:
-    """The tensors of the last layer, if it is for other classes than the weights'."""
-    weight = next(name for name in reversed(list(own)) if own[name].dim() > 1)
-    layer = weight.rpartition(".")[0]
-    head = {name for name in own if name.rpartition(".")[0] == layer}
-    given = initial.tensors.get(weight)
-    if given is None:
+    """The tensors of the last layers, if they are for other classes than the weights'."""
+    last = next(name for name in reversed(list(own)) if own[name].dim() > 1)
+    tensors = initial.tensors
+    if last not in tensors:
         return set()
-    if given.shape[1:] == own[weight].shape[1:] and given.shape != own[weight].shape:
-        return head
-    other = classes and initial.classes and list(classes) != list(initial.classes)
-    return head if other else set()
+    here, there = own[last].shape, tensors[last].shape
+    layers = [last]
+    if here == there:
+        other = classes and initial.classes and list(classes) != list(initial.classes)
+        if not other:
+            return set()
+    else:  # some networks have several classifiers of one size
+        layers = [
+            name
+            for name, value in own.items()
+            if value.dim() > 1 and name in tensors
+            if (value.shape[0], tensors[name].shape[0]) == (here[0], there[0])
+            if value.shape[1:] == tensors[name].shape[1:]
+        ]
+    paths = {name.rpartition(".")[0] for name in layers}
+    return {name for name in own if name.rpartition(".")[0] in paths}
 
 
 def _closest(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:

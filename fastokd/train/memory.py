@@ -124,10 +124,13 @@ def _moments(config: TrainConfig, model: BranchedModel, trained: int) -> int:
 
 
 def _resident(dataset: AnyDataset) -> int:
-    """Bytes of the training and evaluation images, if they are decoded."""
+    """Bytes of the decoded images on a GPU: not of training images that get a policy, which stay in
+    host memory.
+    """
     if not isinstance(dataset, Dataset):
         return 0
-    return dataset.train.images.nbytes + dataset.evaluation.images.nbytes
+    trained = 0 if dataset.augment.has_policy else dataset.train.images.nbytes
+    return trained + dataset.evaluation.images.nbytes
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

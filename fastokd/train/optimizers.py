@@ -41,7 +41,7 @@ class Optimizers:
         self.lr = torch.tensor(config.lr_at(0.0), dtype=torch.float32, device=device)
         """The learning rate of the run's optimizer, 0-d on the device, read by every update."""
         self._scaled_lrs: dict[float, Tensor] = {}  # by factor
-        self._frozen: dict[str, Tensor] = {}  # by part, 0-d: 1.0 while it is not trained
+        self._frozen: list[str] = []  # the names of optimizers that update nothing now
         self._clip = config.clip_grad
         self.by_name: dict[str, tuple[Optimizer, list[ParameterTensors]]] = {}
         """PyTorch's optimizers, with their groups of parameters."""
@@ -52,10 +52,8 @@ class Optimizers:
                 if (factor := different.pop("lr_factor", 1.0)) != 1.0:
                     different["lr"] = self._scaled_lrs.setdefault(factor, self.lr * factor)
                 options.append({"params": groups[-1].tensors, **different})
-            optimizer, _, part = name.partition(" of ")
-            self.by_name[name] = _build(optimizer, config, options, self.lr), groups
-            if part:
-                self._frozen[name] = torch.zeros((), device=device)
+            kind = name.partition(" of ")[0]
+            self.by_name[name] = _build(kind, config, options, self.lr), groups
         self.groups = [group for _, groups in self.by_name.values() for group in groups]
         self.parts = tuple(part for group in self.groups for part in group.parts)
         """The names of the parameters in each part of the gradient whose norm is taken."""
@@ -69,9 +67,10 @@ class Optimizers:
             torch.mul(self.lr, factor, out=scaled)
 
     def freeze(self, parts: Set[str]) -> None:
-        """Keep the parameters of these parts, see ``frozen_parts``, and train all others."""
-        for name, frozen in self._frozen.items():
-            frozen.fill_(name.partition(" of ")[2] in parts)
+        """Keep the parameters of these parts and train all others, see ``frozen_parts``. A captured
+        step must be captured again.
+        """
+        self._frozen = [name for name in self.by_name if name.partition(" of ")[2] in parts]
 
     def zero_grad(self) -> None:
         """Drop all gradients, so that the next backward pass writes instead of adding to zeros."""
@@ -104,10 +103,9 @@ class Optimizers:
         """
         for group in self.groups:
             group.collect()
-        for name, frozen in self._frozen.items():  # neither the norm nor clipping sees them
+        for name in self._frozen:  # the norm and clipping do not see them
             for group in self.by_name[name][1]:
-                for tensor in group.tensors:
-                    _gradient(tensor).masked_fill_(frozen != 0, 0.0)
+                torch._foreach_zero_([_gradient(tensor) for tensor in group.tensors])
         self.norms = torch.cat([group.norms() for group in self.groups])
         norm = (torch.linalg.vector_norm(self.norms) / divisor).float()
         skipped = norm.isfinite().logical_not()
@@ -116,10 +114,8 @@ class Optimizers:
         skipped = skipped.float()
         scale = self._scale(norm, divisor)
         for name, (optimizer, _) in self.by_name.items():
-            keep = skipped
-            if name in self._frozen:
-                keep = torch.maximum(skipped, self._frozen[name])
             # The fused kernels read these attributes, as GradScaler sets them.
+            keep = torch.ones_like(skipped) if name in self._frozen else skipped
             vars(optimizer).update(grad_scale=scale, found_inf=keep)
             optimizer.step()
         return norm, skipped
@@ -189,6 +185,7 @@ _Settings = list[tuple[Named, dict[str, Any]]]
 def _settings(config: TrainConfig, model: BranchedModel) -> dict[str, _Settings]:
     """The groups of parameters by optimizer: the run's, and Adam if a method trains with it."""
     names = {each: name for name, each in model.named_parameters() if each.requires_grad}
+    known = parameter_settings(config, model)
     run: _Settings = []
     adam: _Settings = []
     for group in model.companion.parameter_groups() if model.companion is not None else []:
@@ -198,12 +195,14 @@ def _settings(config: TrainConfig, model: BranchedModel) -> dict[str, _Settings]
         if group.optimizer == "adam":
             adam.append((parameters, {"lr": group.lr}))
         else:
-            decay = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
-            run.append((parameters, decay))
+            for decays in (True, False):
+                some = [pair for pair in parameters if known[pair[1]].decays is decays]
+                decay = group.weight_decay if decays else 0.0
+                if some:
+                    run.append((some, {} if decay is None else {"weight_decay": decay}))
     # With flat=True the parameters of a group share a step count, and new branches start at 0.
     late = config.teach_epoch() and config.optimizer != "sgd"
     student = ("trunk.", f"branches.{model.kept}.")
-    known = parameter_settings(config, model)
     groups: dict[tuple[bool, Settings], Named] = {}
     for each, name in names.items():
         is_student = bool(late) and name.startswith(student)

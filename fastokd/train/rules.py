@@ -51,9 +51,9 @@ def _rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
         config.optimizer == "sgd" and config.nesterov and config.momentum == 0,
         "nesterov=True: it must be false when momentum is 0",
     )
-    for name in ("freeze_epochs", "head_epochs"):
-        count = getattr(config, name)
-        yield count >= epochs, f"{name}={count}: it must be below epochs={epochs}"
+    for field in ("freeze_epochs", "head_epochs"):
+        count = getattr(config, field)
+        yield count >= epochs, f"{field}={count}: it must be below epochs={epochs}"
     yield len(config.betas) != 2, f"betas={config.betas!r}: it must be two numbers"
     yield (
         method.needs_index and config.on_nonfinite == "skip",
@@ -142,15 +142,19 @@ def _weight_rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
     trained, names = config.weights or config.pretrained, config.model_names()
     yield (
         config.weights and config.pretrained,
-        f"weights={config.weights} and pretrained=True: give one of them; pretrained=false leaves the"
-        " file",
+        f"weights={config.weights} and pretrained=True: give one of them (--pretrained false)",
     )
     if config.weights and len(names) > 1:
-        count = len(config.weights.split(","))
+        count = len(config.weight_files())
         yield (
             count != len(names),
             f"weights={config.weights}: {count} files for the {len(names)} networks"
-            f" {','.join(names)}; pass one for each, separated by commas",
+            f" {','.join(names)}; pass one for each, separated by commas; no path may contain one",
+        )
+        yield (
+            config.branch_init == "fresh",
+            "branch_init=fresh with several networks: only the student's file would be used; omit"
+            " branch_init",
         )
     yield (
         config.normalization == "weights" and not trained,

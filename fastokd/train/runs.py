@@ -83,6 +83,11 @@ def check_same_run(
     if state["data"].get("fingerprint") != dataset.fingerprint:
         problem = f"{where} was trained on other images than {config.data} holds now"
         raise CheckpointError(f"{problem}; restore them, or start a new run")
+    if config.normalization != before.normalization:
+        raise ConfigError(
+            f"normalization={config.normalization}: the run has trained with"
+            f" {before.normalization}, which cannot change; start a new run"
+        )
     adjusted = {name: getattr(config, name) for name in MAY_CHANGE}
     changed = differences(dataclasses.replace(before, **adjusted), config)
     if changed and not allow_config_change:

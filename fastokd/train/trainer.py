@@ -123,10 +123,10 @@ class Trainer:
             reporter.attach_log(run.log_path)
         self.device = choose_device(config.device)
         be_deterministic(config.deterministic)
+        initial = read_initial(config) if saved_data is None else []
         if dataset is None:
             with contextlib.closing(reporter), local_main_first():
                 dataset = open_data(config, self.device, saved_data, reporter.decoding)
-        initial = read_initial(config) if saved_data is None else []
         self.dataset = prepared(config, dataset, saved_data, normalization_of(config, initial))
         self.teacher = teacher = open_teacher(config, self.dataset, self.device)
         if largest_batch is not None:

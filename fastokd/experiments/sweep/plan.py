@@ -19,6 +19,7 @@ from fastokd.experiments.sweep.results import Measured, measure
 from fastokd.storage import storage_error, write_json, write_text
 from fastokd.train.config import TrainConfig, differences
 from fastokd.train.data import AnyDataset, open_data
+from fastokd.train.initial import check_initial
 from fastokd.train.progress import Counter
 from fastokd.train.run_folder import RunFolder, read_json_object
 from fastokd.train.teacher import open_teacher
@@ -185,6 +186,7 @@ class Plan(ABC):
         """Open the data and the teachers of all runs, to find mistakes before the first run."""
         checked = set()
         for config in configs:
+            check_initial(config)
             dataset = self.dataset(config)
             teacher = config.teacher_spec()
             if teacher and (key := (teacher, config.model, config.data)) not in checked:
