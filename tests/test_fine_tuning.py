@@ -77,7 +77,7 @@ def test_update_equals_torch_with_groups_of_its_own(optimizer, flat):
         decay="norm-bias-free",
         weight_decay=0.1,
     )
-    step, _ = trained_step(config)
+    step, before = trained_step(config)
     model = build_model(config, 10, CPU).train()
     groups = [
         {
@@ -97,8 +97,11 @@ def test_update_equals_torch_with_groups_of_its_own(optimizer, flat):
         given = MethodBatch(data.target, data.index)
         step.method.forward_backward(step.criterion, model(data.images), given, kd_weight=1.0)
         expected.step()
-    for name, parameter in step.model.named_parameters():  # Adam amplifies rounding near zero
-        torch.testing.assert_close(parameter, model.get_parameter(name), rtol=1e-4, atol=1e-5)
+    for name, parameter in step.model.named_parameters():
+        wanted = model.get_parameter(name)
+        # Adam scales up the rounding errors of single gradients near zero.
+        moved = (wanted - before[name]).norm()
+        assert (parameter - wanted).norm() <= 1e-3 * moved + 1e-7, name
 
 
 BLOCKS = (

@@ -22,6 +22,14 @@ def describe_data(data: AnyDataset) -> str:
     )
 
 
+def describe_fine_tuning(config: TrainConfig) -> list[str]:
+    """A line about the options that train parts of the network differently, if there are some."""
+    names = ("trunk_lr", "head_lr", "layer_decay", "freeze_epochs", "head_epochs", "decay")
+    values, defaults = vars(config), vars(TrainConfig())
+    changed = [f"{name}={values[name]}" for name in names if values[name] != defaults[name]]
+    return [f"fine-tuning: {', '.join(changed)}"] if changed else []
+
+
 def describe_loss(criterion: MethodLoss, config: TrainConfig) -> str:
     """One line with the coefficient of every term, and the ramp-up of ``kd_weight``."""
     terms = [(term.name, term.coefficient, term.scheduled) for term in criterion.graph.terms]

@@ -71,7 +71,8 @@ def check_initial(config: TrainConfig) -> None:
     """
     for file in config.weight_files():
         if not Path(file).exists():
-            raise CheckpointError(f"weights={file}: there is no such file or run folder")
+            several = "; one network starts from one file" if "," in file else ""
+            raise CheckpointError(f"weights={file}: there is no such file or run folder{several}")
     if config.pretrained:
         for name in config.model_names():
             published_weights(name)
@@ -107,6 +108,8 @@ def read_weights(path: Path) -> InitialWeights:
         CheckpointError: unreadable, without weights, or with non-finite numbers.
     """
     if path.is_dir():
+        if not any(path.glob("*.safetensors")):
+            raise CheckpointError(f"{path} is not a run folder: it has no student.safetensors")
         path = find_export(path, (".safetensors",))
     content, is_own = read_file(path)
     if is_own:

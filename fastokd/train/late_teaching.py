@@ -18,6 +18,7 @@ from fastokd.train.build import before_teaching, build_model, is_before_teaching
 from fastokd.train.config import TrainConfig, build_loss
 from fastokd.train.copies import copy_to_branches
 from fastokd.train.data import AnyDataset
+from fastokd.train.describe import describe_fine_tuning
 from fastokd.train.distributed import Ranks
 from fastokd.train.initial import InitialWeights, start_from
 from fastokd.train.optimizers import with_index
@@ -116,7 +117,7 @@ def build_step(
         seed=config.seed,
     )
     step = TrainStep(config, model, device, rows, criterion)
-    step.notes = notes
+    step.notes = [*notes, *describe_fine_tuning(config)]
     if student is not None:
         carry_over(step, student)
     return step

@@ -35,6 +35,8 @@ def read_file(path: Path) -> tuple[Mapping[str, Any], bool]:
         return load_file(path), is_own
     except Exception as error:  # damaged bytes raise many kinds
         reason = first_line(error)
+        if reason.isdigit():  # a KeyError of pickle for text
+            reason = "it was not written by torch.save or safetensors"
         if "weights_only" in str(error) or "Weights only" in reason:
             reason = (
                 "it has pickled objects other than tensors, which are not loaded because they could"
