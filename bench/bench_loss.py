@@ -136,7 +136,9 @@ def test_method(benchmark: Any, method: str, provider: str) -> None:
     chosen = get_method(method)
     graph = chosen.loss_class.preset("paper", chosen.default_branches).graph
     torch.manual_seed(0)
-    logits = random_logits(batch, classes, len(graph.logits), True)
+    rows = [name for name in graph.logits if name != graph.teacher]
+    logits = random_logits(batch, classes, len(rows), True)
+    frozen = {"teacher": random_logits(batch, classes, 1, False)[0]} if graph.teacher else {}
     weights = {
         name: random_weights(batch, width, True) for name, width in graph.weight_sources.items()
     }
@@ -145,7 +147,7 @@ def test_method(benchmark: Any, method: str, provider: str) -> None:
     loss = make_loss(provider, functools.partial(GraphLoss, graph))
     benchmark.group = f"{batch}x{classes} {method}"
     step = make_step(
-        lambda: loss(logits, target, weights=weights, externals=externals, kd_weight=0.5),
+        lambda: loss(logits, target, weights=weights, externals=externals, kd_weight=0.5, **frozen),
         [*logits, *weights.values()],
         True,
     )

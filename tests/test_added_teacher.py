@@ -270,7 +270,7 @@ def test_published_torchvision_weights_are_read_from_cache(tmp_path, digits, mon
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
     check_teacher(config)
-    message = r"weights https://download\.pytorch\.org/models/squeezenet1_1-\w+\.pth cannot be"
+    message = r"cannot be downloaded from https://download\.pytorch\.org/models/squeezenet1_1-\w+"
     with pytest.raises(CheckpointError, match=message):
         open_teacher(config, data, torch.device("cpu"))
     with pytest.raises(CheckpointError, match=r"for 1000 classes, the data has 10 \(0, 1, 2, 3"):

@@ -373,7 +373,7 @@ GRAPH_CALLS = {
         kd_graph(teacher_rows="probabilities"),
         {"externals": {"teachers": torch.zeros(4, 5)}},
         ValueError,
-        ["externals['teacher']"],
+        ["teacher is missing: pass the teacher's probabilities"],
     ),
 }
 

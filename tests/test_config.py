@@ -14,6 +14,7 @@ from fastokd.errors import ConfigError
 from fastokd.methods import list_methods
 from fastokd.train.compute import student_alone
 from fastokd.train.config import (
+    TEACHER,
     TrainConfig,
     fields_with_role,
     identity_fields,
@@ -40,7 +41,7 @@ ROLES = {
     Role.SWITCH: {*("channels_last", "compile", "cuda_graph", "streams", "flat", "cast_once")},
     Role.TRAINED: {
         *("model", "at", "method", "preset", "branches", "topology", "aux_blocks"),
-        *("compression", "branch_init", "method_options", "teach_from"),
+        *("compression", "branch_init", "method_options", "teach_from", *TEACHER),
     },
     Role.OF_METHOD: {
         *("branches", "topology", "preset", "method_options", "ramp_epochs", "teach_from")

@@ -273,7 +273,7 @@ def test_compare_tests_equal_epochs_and_equal_compute(runs, capsys):
 def test_tables_fit_100_columns(runs, capsys):
     text = compared(capsys, three_groups(runs)).partition("Single runs")[0]
     tables = [line for line in text.splitlines() if line.startswith("resnet8 ")]
-    assert len(tables) == 4 * 3
+    assert len(tables) == 5 * 3
     assert max(map(len, tables)) <= 100
 
 

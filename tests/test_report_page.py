@@ -134,7 +134,7 @@ def test_page_is_accessible(page):
     assert levels[0] == 1
     assert levels.count(1) == 1
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
-    assert len(found.of("table")) == len(found.of("caption")) == 6
+    assert len(found.of("table")) == len(found.of("caption")) == 7
     assert all(cell.get("scope") in ("col", "row") for cell in found.of("th"))
     assert all(len({len(row) for row in rows}) == 1 for rows in found.tables)
     alts = [figure["alt"] for figure in found.of("img")]

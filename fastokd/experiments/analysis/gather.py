@@ -122,12 +122,7 @@ def gather(
     student = rows.index(evaluator.reported)
     cross_entropies, top5s, softmax_sums, logit_sums = (value.cpu() for value in sums)
     errors = int((predictions[student] != labels).sum())
-    criterion = evaluator.criterion
-    branches = criterion.graph.logits[: criterion.num_branches]
-    mixing_weights = {
-        mixture: {name: torch.cat(parts) for name, parts in by_input.items()}
-        for mixture, by_input in mixing.items()
-    }
+    branches = evaluator.criterion.graph.logits[: evaluator.criterion.num_branches]
     features = dict(zip(branches, kept[2:], strict=True))
     return Gathered(
         rows,
@@ -139,7 +134,10 @@ def gather(
         top5s / done if num_classes > 5 else None,
         softmax_sums / done,
         logit_sums / errors,
-        mixing_weights,
+        {
+            mixture: {name: torch.cat(parts) for name, parts in by_input.items()}
+            for mixture, by_input in mixing.items()
+        },
         features,
         kept[1],
     )
