@@ -391,6 +391,10 @@ class Subject:
         of_result = torch.finfo(dtype).eps * scale if dtype != inputs.term_weights.dtype else 0.0
         size = max(float(row.detach().abs().max()) for row in inputs.logits)
         weights = [float(weight) for weight in inputs.term_weights]
+        # A weight's gradient is a sum over the classes of gradient times logit, which may nearly
+        # cancel.
+        gradients = [grad for grad in truths[first_gradient:first_weight] if grad is not None]
+        largest_sum = max((float(grad.abs().sum(1).max()) for grad in gradients), default=1.0)
         if self.is_triton:
             if is_value or huge:
                 scale = max(scale, size, size * size if is_weight else 0.0)
@@ -400,16 +404,12 @@ class Subject:
                     for weight, term in zip(weights, inputs.plan.terms, strict=True)
                 ]
                 scale = max(scale, max(slopes) * float(upstream.abs().max()))
-            return 32 * unit * scale + of_result
+            # PyTorch's own error of such sums can be small by chance, depending on the CPU.
+            products = 4 * unit * largest_sum * size if is_weight else 0.0
+            return 32 * unit * scale + products + of_result
         largest = max(weights) * float(upstream.abs().max())
         if is_weight:
-            # A sum over the classes of gradient times logit, which may nearly cancel.
-            sums = [
-                float(grad.abs().sum(1).max())
-                for grad in truths[first_gradient:first_weight]
-                if grad is not None
-            ]
-            scale = max(scale, largest, max(sums, default=1.0) * size)
+            scale = max(scale, largest, largest_sum * size)
         else:
             scale = max(scale, 1.0 if is_value else largest)
         # In float64 the expected values have rounding errors too.
