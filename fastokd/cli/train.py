@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import tyro
 
@@ -26,6 +26,10 @@ from fastokd.train.config_files import read_config
 from fastokd.train.fields import GROUPS, Info, infos
 from fastokd.train.launch import check_launched, launch, launched
 from fastokd.train.signals import StopSignals
+
+if TYPE_CHECKING:
+    from fastokd.train.outcome import Summary
+    from fastokd.train.run_folder import RunFolder
 
 
 @with_options
@@ -224,7 +228,7 @@ def _parse_sizes(items: Sequence[str]) -> dict[int, int]:
     return sizes
 
 
-def _print_summary(summary: Any, kept: str, folder: Any) -> None:
+def _print_summary(summary: "Summary", kept: str, folder: "RunFolder") -> None:
     from fastokd.metrics import METRICS
 
     metrics = folder.read_metrics()[-1].get("metrics", {})

@@ -351,12 +351,13 @@ class StreamLoader(LoaderBase, ABC):
         """Decoded images uint8 [K * B, H, W, 3] of (epoch, start, stop) with random crops, flips
         and jitter. With a policy, the decoder has already cropped and flipped them.
         """
-        numbers = self._numbers(*where)
-        if self.augment.pad and not self.augment.has_policy:
+        is_done = self.augment.has_policy or not (self.augment.pad or self.augment.flip)
+        numbers = None if is_done else self._numbers(*where)
+        if numbers is not None and self.augment.pad:
             corners = torch.from_numpy(random_crop.offsets(numbers, self.augment.pad))
             corners = loader.to_device(corners, self.device)
             images = crop(images, corners, self.augment.pad, self.augment.padding)
-        if self.augment.flip and not self.augment.has_policy:
+        if numbers is not None and self.augment.flip:
             flipped = torch.from_numpy(random_crop.flipped(numbers))
             images = flip(images, loader.to_device(flipped, self.device))
         if self.augment.color_jitter:

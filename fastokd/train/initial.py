@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from fastokd.train.copies import copy_to_branches, separate
 from fastokd.train.distributed import local_main_first
 from fastokd.train.pretrained import PretrainedWeights, pretrained_weights
 from fastokd.train.teacher import read_network
-from fastokd.train.weight_files import read_file, unwrapped
+from fastokd.train.weight_files import fingerprint, read_file, unwrapped
 
 LEAST_MATCHED = 0.5
 """Files that match fewer of the network's tensors are of another architecture."""
@@ -247,7 +246,8 @@ def _load_into(
         own[name].copy_(given[name])
     new = [name for name in needed if name not in matched]
     unused = [name for name in given if name not in own]
-    line = f"weights from {initial.source} (SHA-256 {_digest(given)}): {common} tensors loaded"
+    digest = fingerprint(given)[:12]
+    line = f"weights from {initial.source} (SHA-256 {digest}): {common} tensors loaded"
     if new:
         line += f"; new: {summarize(new)}"
     if unused:
@@ -288,11 +288,3 @@ def _closest(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
         close = difflib.get_close_matches(name, given, n=1, cutoff=0.0)
         pairs.append(f"{name} (closest: {close[0] if close else 'none'})")
     return f"missing, e.g. {', '.join(pairs)}" if pairs else "shapes differ"
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, value in tensors.items():
-        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(name.encode() + content.numpy().tobytes())
-    return digest.hexdigest()[:12]

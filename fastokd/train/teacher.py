@@ -22,7 +22,7 @@ from fastokd.train.config import TrainConfig
 from fastokd.train.config_files import load_config
 from fastokd.train.data import AnyDataset
 from fastokd.train.pretrained import pretrained_weights
-from fastokd.train.weight_files import read_file, unwrapped
+from fastokd.train.weight_files import fingerprint, read_file, unwrapped
 
 RESIDENT_BYTES = 2**30
 """Stored rows up to this size are kept on the device; of larger ones each batch reads its own."""
@@ -153,14 +153,11 @@ def open_teacher(config: TrainConfig, dataset: AnyDataset, device: torch.device)
         return _open_rows(path, _setting(config, "teacher_rows"), dataset, device)
     else:
         network, wanted = _own_network(path, dataset)
-    digest = hashlib.sha256()
-    for key, value in network.state_dict().items():
-        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(key.encode() + content.numpy().tobytes())
+    digest = fingerprint(network.state_dict())
     count = sum(parameter.numel() for parameter in network.parameters())
     if not np.allclose(given, wanted, rtol=1e-6, atol=1e-9):
         network = Renormalized(network, given, wanted)
-    return Teacher(f"{spec}, {count:,} parameters", digest.hexdigest(), network=network)
+    return Teacher(f"{spec}, {count:,} parameters", digest, network=network)
 
 
 def teacher_network(config: TrainConfig, num_classes: int) -> nn.Module | None:

@@ -1,5 +1,6 @@
 """Files of weights: the dictionary of tensors in them, whatever wraps it."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,3 +66,12 @@ def unwrapped(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor]
         names = summarize([str(name) for name in content])
         raise CheckpointError(f"{path} has no weights: no dictionary of tensors ({names})")
     return strip_wrappers(tensors), ".".join(entries)
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A SHA-256 of names and values, in their order."""
+    digest = hashlib.sha256()
+    for name, value in tensors.items():
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(name.encode() + content.numpy().tobytes())
+    return digest.hexdigest()
