@@ -26,6 +26,22 @@ from fastokd.train.trainer import Trainer
 NETWORKS = ("resnet8", "vgg13", "mobilenetv2_x0_5")
 
 
+SHORT_RUN = TrainConfig(
+    data="digits",
+    model="resnet8",
+    method="ahbf",
+    branches=3,
+    aux_blocks=1,
+    epochs=2,
+    batch_size=32,
+    lr=0.01,
+    device="cpu",
+    deterministic=True,
+    save_minutes=0.0,
+)
+"""A run on ``few_digits`` that resumes bit for bit."""
+
+
 def losses_of_a_step(
     method: str, network: str, branches: int, lr: float = 0.01, **options: Any
 ) -> tuple[float, float]:

@@ -1,5 +1,5 @@
-"""``fastokd analyze``: the formulas, what is gathered of a run, what is written, and what is said
-where there is less.
+"""``fastokd analyze``: the formulas, the data gathered from a run, the written files, and the
+messages about missing data.
 """
 
 import dataclasses

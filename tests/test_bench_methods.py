@@ -1,5 +1,5 @@
-"""The comparison of all methods on the digits: it goes on where it stopped, and its table says what
-its file says.
+"""The comparison of all methods on the digits: it resumes where it stopped, and its table has the
+numbers of its file.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from method_runs import few_digits, make
+from method_runs import SHORT_RUN, few_digits, make
 from test_interruption import assert_equal, interrupted, outcome
 
 from fastokd.data import Batch
@@ -12,25 +12,13 @@ from fastokd.errors import ConfigError
 from fastokd.methods.method import MethodBatch
 from fastokd.models import create_student
 from fastokd.train.build import build_model
-from fastokd.train.config import TrainConfig, identity_fields
+from fastokd.train.config import identity_fields
 from fastokd.train.param_groups import blocks, frozen_parts
 from fastokd.train.rules import check_config
 from fastokd.train.step import TrainStep
 
 CPU = torch.device("cpu")
-CONFIG = TrainConfig(
-    data="digits",
-    model="resnet8",
-    method="ahbf",
-    branches=3,
-    aux_blocks=1,
-    epochs=4,
-    batch_size=32,
-    lr=0.01,
-    device="cpu",
-    deterministic=True,
-    save_minutes=0.0,
-)
+CONFIG = dataclasses.replace(SHORT_RUN, epochs=4)
 
 
 @pytest.fixture(scope="module")

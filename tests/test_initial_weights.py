@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from method_runs import few_digits, make
+from method_runs import SHORT_RUN, few_digits, make
 from safetensors.torch import save_file
 from test_interruption import assert_equal, outcome
 
 from fastokd.errors import CheckpointError, ConfigError
 from fastokd.models import create_model, create_student
 from fastokd.train.compute import student_alone
-from fastokd.train.config import TrainConfig, identity_fields
+from fastokd.train.config import identity_fields
 from fastokd.train.data import data_record, prepared
 from fastokd.train.export_run import export_run
 from fastokd.train.initial import (
@@ -32,19 +32,7 @@ from fastokd.train.runs import load_run, newest_checkpoint
 from fastokd.train.trainer import Trainer
 
 CPU = torch.device("cpu")
-CONFIG = TrainConfig(
-    data="digits",
-    model="resnet8",
-    method="ahbf",
-    branches=3,
-    aux_blocks=1,
-    epochs=2,
-    batch_size=32,
-    lr=0.01,
-    device="cpu",
-    deterministic=True,
-    save_minutes=0.0,
-)
+CONFIG = SHORT_RUN
 
 
 @pytest.fixture(scope="module")

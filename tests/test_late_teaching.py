@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from method_runs import few_digits, make
+from method_runs import SHORT_RUN, few_digits, make
 from safetensors.torch import load_file
 from test_interruption import Poisoned, assert_equal, interrupted, outcome, stop_at
 
@@ -23,7 +23,7 @@ from fastokd.train import cadence
 from fastokd.train.build import before_teaching, build_model
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.compute import training_flops
-from fastokd.train.config import TrainConfig, identity_fields
+from fastokd.train.config import identity_fields
 from fastokd.train.export_run import export_run
 from fastokd.train.late_teaching import copy_student
 from fastokd.train.progress import Reporter
@@ -33,21 +33,8 @@ from fastokd.train.runs import load_run
 from fastokd.train.trainer import Trainer
 
 CPU = torch.device("cpu")
-CONFIG = TrainConfig(
-    data="digits",
-    model="resnet8",
-    method="ahbf",
-    branches=3,
-    aux_blocks=1,
-    epochs=4,
-    teach_from=0.5,
-    batch_size=32,
-    lr=0.01,
-    schedule="cosine",
-    device="cpu",
-    deterministic=True,
-    save_minutes=0.0,
-    keep_checkpoints=9,
+CONFIG = dataclasses.replace(
+    SHORT_RUN, epochs=4, teach_from=0.5, schedule="cosine", keep_checkpoints=9
 )
 """Two steps in each epoch: steps 1 to 4 train the student alone."""
 ADAMW = dataclasses.replace(CONFIG, optimizer="adamw", ema=0.9, mixup=0.2, clip_grad=5.0)

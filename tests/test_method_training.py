@@ -271,7 +271,7 @@ def test_run_resume_and_student_of_each_method(name, tmp_path, digits, teacher_r
     straight.model.eval()
     trained = straight.model.student().to(
         memory_format=torch.contiguous_format
-    )  # as it is loaded: bits depend on it
+    )  # the format of a loaded student: bits depend on it
     assert check_same_logits(trained, student, straight.eval_loader) == 100
     assert measure_accuracy(student, straight.eval_loader) == measured[kept]
 

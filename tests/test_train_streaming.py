@@ -32,7 +32,7 @@ LOADERS = ("dali", "torchvision")
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """24 training and 9 validation JPEG pictures of three classes, larger than what is kept
+    """24 training and 9 validation JPEG images of three classes, larger than the images kept
     decoded.
     """
     root = tmp_path_factory.mktemp("tree")

@@ -179,7 +179,7 @@ def test_two_processes_have_memory_of_one(tmp_path):
         assert torch.equal(first[name], second[name]), name
     for name in ("accumulator.memory", "accumulator.steps"):
         assert torch.equal(first[name], alone[name]), name
-    assert "evaluated" not in first  # the second process evaluates alone, and waits for nobody
+    assert "evaluated" not in first  # the second process evaluates alone, without waiting
     assert torch.equal(second["evaluated"], alone["evaluated"])
     torch.testing.assert_close(first["weights"], alone["weights"])
     torch.testing.assert_close(first["losses"] + second["losses"], alone["losses"])
