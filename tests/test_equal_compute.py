@@ -179,6 +179,13 @@ def test_equal_compute_student_stretches_schedule():
     assert scaled(config, 1).resize_schedule == {0: 32}  # the later size wins
 
 
+def test_frozen_epochs_are_scaled_with_the_epochs():
+    config = TrainConfig(epochs=10, freeze_epochs=4, head_epochs=1)
+    longer = scaled(config, 25)
+    assert (longer.freeze_epochs, longer.head_epochs) == (10, 2)
+    assert scaled(config, 1).freeze_epochs == 0
+
+
 # ---- compare
 
 

@@ -138,9 +138,9 @@ def student_alone(config: TrainConfig) -> TrainConfig:
 
 
 def scaled(config: TrainConfig, epochs: int) -> TrainConfig:
-    """The configuration with another number of epochs. Ramp-up, warm-up, scheduled image sizes and
-    an epoch in ``teach_from`` are scaled with it; the learning rate's decay is in fractions of the
-    epochs.
+    """The configuration with another number of epochs. Ramp-up, warm-up, frozen epochs, scheduled
+    image sizes and an epoch in ``teach_from`` are scaled with it; the learning rate's decay is in
+    fractions of the epochs.
     """
     factor = epochs / config.epochs
     ramp = None if config.ramp_epochs is None else round(config.ramp_epochs * factor)
@@ -149,14 +149,16 @@ def scaled(config: TrainConfig, epochs: int) -> TrainConfig:
         min(round(start * factor), epochs - 1): size
         for start, size in config.resize_schedule.items()
     }
-    start = config.teach_from
+    start, last = config.teach_from, epochs - 1
     return replace(
         config,
         epochs=epochs,
+        freeze_epochs=min(round(config.freeze_epochs * factor), last),
+        head_epochs=min(round(config.head_epochs * factor), last),
         ramp_epochs=ramp,
         warmup_epochs=warmup,
         resize_schedule=sizes,
-        teach_from=start if start < 1 else min(max(1, round(start * factor)), epochs - 1),
+        teach_from=start if start < 1 else min(max(1, round(start * factor)), last),
     )
 
 
