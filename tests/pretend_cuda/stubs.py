@@ -44,6 +44,7 @@ ANSWERS = {
     "cublasLtMatrixLayoutCreate": (0, "void*", DESCRIPTOR),
     "cudnnCreateTensorDescriptor": (0, "void*", DESCRIPTOR),
     "cudnnCreateActivationDescriptor": (0, "void*", DESCRIPTOR),
+    "cudnnGetStream": (1, "void*", "*(void**)a0"),  # the first member of a handle
     "cudnnBackendCreateDescriptor": (1, "void*", DESCRIPTOR),
     "cudnnGetBatchNormalizationForwardTrainingExWorkspaceSize": (8, "size_t", "0"),
     "cudnnGetBatchNormalizationBackwardExWorkspaceSize": (10, "size_t", "0"),
