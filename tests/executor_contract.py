@@ -11,6 +11,7 @@ reference behind the registered operator) are compared with the graphs interpret
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -854,6 +855,59 @@ def term_weight_gradient(on: Subject) -> None:
     upstream = torch.tensor([1.0, 0.0, -2.0, 0.5], dtype=torch.float64, device=on.device)
     (grad,) = torch.autograd.grad(rows, term_weights, upstream)
     torch.testing.assert_close(grad, terms @ upstream, rtol=1e-13, atol=1e-13)
+
+
+@check_each(("cascade", "nested mixtures", "memory", "mixed probabilities"), triton=("cascade",))
+def separate_weights_of_terms(on: Subject, graph: str) -> None:
+    """Term weights [B, T] give the sum over the terms of what one term with the weight 1 gives."""
+    for shape in on.pick([(4, 6)], [(4, 6), (3, 1100)], [(3, 6)], [(37, 10), (2, 40000)]):
+        inputs = on.make(graph, shape, dtype=torch.float64)
+        *arguments, shared = inputs.arguments()
+        batch, count = shape[0], len(shared)
+        generator = torch.Generator().manual_seed(1)
+        weights = torch.rand((batch, count), generator=generator, dtype=torch.float64)
+        weights[1] = 0
+        weights[2, 0] = 0
+        weights = weights.to(on.device).requires_grad_()
+        upstream = torch.full((batch,), 1 / batch, dtype=torch.float64, device=on.device)
+        leaves = inputs.leaves()
+        rows, terms = evaluate(inputs.plan, *arguments, weights, impl=on.executor)
+        *grads, of_weights = torch.autograd.grad(rows, [*leaves, weights], upstream)
+        expected = [torch.zeros_like(rows), *map(torch.zeros_like, leaves)]
+        for t, one in enumerate(torch.eye(count, dtype=torch.float64, device=on.device)):
+            value, _ = evaluate(inputs.plan, *arguments, one, impl=on.executor)
+            column = weights[:, t].detach()
+            parts = torch.autograd.grad(value, leaves, upstream * column, materialize_grads=True)
+            expected = [
+                total + part for total, part in zip(expected, (value * column, *parts), strict=True)
+            ]
+        close = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-12)
+        for ours, truth in zip((rows, *grads), expected, strict=True):
+            close(ours.detach(), truth.detach())
+        close(of_weights, (terms * upstream).t())
+        found = forward_backward(inputs.plan, *arguments, weights.detach(), impl=on.executor)
+        close(found[0], rows.detach())
+        for ours, truth in zip(found[2], grads, strict=True):
+            close(ours, truth)
+
+
+@check
+def nonfinite_term_without_weight(on: Subject) -> None:
+    """A row whose terms have the weight 0 adds 0 to the loss, even if a term is infinite."""
+    inputs = on.make("cross-entropy alone", (3, 6), dtype=torch.float64)
+    *arguments, shared = inputs.arguments()
+    logits = [row.detach().clone() for row in arguments[0]]
+    logits[0][1, inputs.target[1]] = float("-inf")
+    weights = torch.ones((3, len(shared)), dtype=torch.float64, device=on.device)
+    arguments = [[row.requires_grad_() for row in logits], *arguments[1:]]
+    rows, _ = evaluate(inputs.plan, *arguments, weights, impl=on.executor)
+    assert rows.isfinite().tolist() == [True, False, True]
+    weights[1] = 0
+    rows, _ = evaluate(inputs.plan, *arguments, weights, impl=on.executor)
+    assert rows[1] == 0
+    (grad,) = torch.autograd.grad(rows.sum(), arguments[0][:1])
+    assert grad.isfinite().all()
+    assert not grad[1].any()
 
 
 @check

@@ -4,6 +4,7 @@ import math
 import numbers
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def as_rows(value: Sequence[Tensor] | Tensor, count: int, name: str) -> list[Ten
     Raises:
         TypeError, ValueError: the value is neither, or has another number of tensors.
     """
-    if isinstance(value, Tensor) and value.dim() != 3:
+    if isinstance(value, Tensor) and value.dim() < 3:
         shape = f"one tensor of the shape {tuple(value.shape)}"
         raise ValueError(f"{name} is {shape}; stacked rows have three dimensions, [{count}, B, C]")
     if not isinstance(value, (Tensor, tuple, list)):
@@ -176,3 +177,71 @@ def check_labels(target: Tensor, first: Tensor) -> None:
             position = int((target == label).nonzero()[0])
             classes = f"{num_classes} classes (labels 0 to {num_classes - 1})"
             raise ValueError(f"target[{position}] is {label}, but the logits have {classes}")
+
+
+def check_ignore_index(ignore_index: int | None, num_classes: int) -> None:
+    """Check that the label of ignored rows is not one of the classes."""
+    if ignore_index is not None and 0 <= ignore_index < num_classes:
+        classes = f"is one of the {num_classes} classes (0 to {num_classes - 1})"
+        fix = "use a label that is no class, such as -100, or None"
+        raise ValueError(f"ignore_index={ignore_index} {classes}; {fix}")
+
+
+def ignored_rows(target: object, ignore_index: int | None) -> Tensor | None:
+    """The rows [N] whose label is ``ignore_index``; None if there are certainly none."""
+    if ignore_index is None or not isinstance(target, Tensor) or target.dtype != torch.int64:
+        return None
+    ignored = target == ignore_index
+    if target.is_cpu and not torch.compiler.is_compiling() and not ignored.any():
+        return None
+    return ignored
+
+
+def check_row_factors(
+    first: Tensor, class_weight: Tensor | None, sample_weight: object
+) -> tuple[Tensor | None, Tensor | None]:
+    """The weights of classes [C] and samples [N], checked against the first row of logits [N, C].
+
+    Values on a GPU are not checked, because that waits for the device.
+    """
+    given: dict[str, tuple[Any, int]] = {
+        "class_weight": (class_weight, first.shape[1]),
+        "sample_weight": (sample_weight, first.shape[0]),
+    }
+    for name, (value, size) in given.items():
+        if value is None:
+            continue
+        _check_floating(value, name)
+        if value.shape != (size,):
+            raise ValueError(f"{name} has the shape {tuple(value.shape)}; it must be [{size}]")
+        if value.device != first.device:
+            fix = "; move the loss: loss.to(device)" if name == "class_weight" else ""
+            raise ValueError(f"{name} is on {value.device}, the logits are on {first.device}{fix}")
+    sample = given["sample_weight"][0]
+    if sample is not None and sample.is_cpu and not torch.compiler.is_compiling():
+        _check_factors(sample, "sample_weight")
+    return class_weight, sample
+
+
+def checked_class_weight(class_weight: object) -> Tensor | None:
+    """The argument ``class_weight`` of a loss, or None.
+
+    Raises:
+        TypeError, ValueError: it is not a tensor [C] of finite numbers of at least 0.
+    """
+    if class_weight is None:
+        return None
+    _check_floating(class_weight, "class_weight")
+    assert isinstance(class_weight, Tensor)
+    if class_weight.dim() != 1 or not len(class_weight):
+        raise ValueError(f"class_weight has the shape {tuple(class_weight.shape)}; it must be [C]")
+    _check_factors(class_weight, "class_weight")
+    return class_weight.detach().clone()
+
+
+def _check_factors(factors: Tensor, name: str) -> None:
+    wrong = ~(factors.isfinite() & (factors >= 0))
+    if wrong.any():
+        position = int(wrong.nonzero()[0])
+        value = float(factors[position])
+        raise ValueError(f"{name}[{position}] is {value}; it must be finite and at least 0")

@@ -1,104 +1,39 @@
 """The loss module that runs any distillation graph."""
 
 import inspect
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from fastokd._moved import renamed_method
-from fastokd.graph import Graph, Plan, draw_text, lower
+from fastokd.graph import Graph, Plan, draw_text
 from fastokd.losses import checks
+from fastokd.losses.dense import DenseLayout
+from fastokd.losses.inputs import ExtraTerm as ExtraTerm
+from fastokd.losses.inputs import GraphInputs as GraphInputs
+from fastokd.losses.inputs import LoweredGraph
 from fastokd.losses.options import Impl, Reduction
+from fastokd.losses.row_weights import RowWeights, weigh_rows
 from fastokd.ops import Inputs, check_impl, evaluate, forward_backward
 from fastokd.ops.inputs import compute_dtype, is_transformed
 from fastokd.ops.reference import node_rows
 
-MOST_SIGNATURES = 1000
 Rows = Sequence[Tensor] | Tensor
 """M tensors [B, C], or one tensor [M, B, C]."""
 
 
-class ExtraTerm(NamedTuple):
-    """A term that is not computed from logits, but for example from feature maps or weights."""
+class _Call(NamedTuple):
+    """The checked inputs of one evaluation of a loss."""
 
-    coefficient: float
-    """Factor by which the term's value is multiplied."""
-    scheduled: bool = False
-    """True if the value is also multiplied by ``kd_weight``."""
-
-
-class LoweredGraph(NamedTuple):
-    """A graph, its plan, and the names of its inputs in error messages."""
-
-    graph: Graph
     plan: Plan
-    row_labels: tuple[str, ...]
-    weight_labels: Mapping[str, str]
-    checked: set[Any]
-    """Signatures of inputs that have passed ``check``."""
-
-    @classmethod
-    def of(cls, graph: Graph, labels: Mapping[str, str]) -> "LoweredGraph":
-        """Lower a graph; ``labels`` replace the default names of logits rows and weights."""
-        labels = {**labels, graph.teacher: "teacher"}
-        rows = tuple(labels.get(name, f"logits[{i}]") for i, name in enumerate(graph.logits))
-        weights = {name: labels.get(name, f"weights['{name}']") for name in graph.weight_sources}
-        return cls(graph, lower(graph), rows, weights, set())
-
-    def with_teacher(self, *arguments: Any, **options: Any) -> "LoweredGraph":
-        """The graph with a frozen teacher, see ``Graph.with_teacher``."""
-        labels = dict(zip(self.graph.logits, self.row_labels, strict=True))
-        graph = self.graph.with_teacher(*arguments, **options)
-        return self.of(graph, {**labels, **self.weight_labels})
-
-    def check(self, given: "GraphInputs", target: Tensor) -> Tensor:
-        """Check everything that the operator receives, and return the first row of logits.
-
-        All checks but that of labels depend on shapes, dtypes and devices alone, and are skipped
-        for those that have passed before.
-        """
-        signature = None if is_transformed() else self._signature(given, target)
-        if signature is not None and signature in self.checked:
-            checks.check_labels(target, given.logits[0])
-            return given.logits[0]
-        first = checks.check_rows(given.logits, self.row_labels)
-        widths = self.graph.weight_sources
-        checks.check_weights(given.weights, widths, first, self.weight_labels)
-        for name in self.graph.externals:
-            checks.check_external(name, given.externals, first)
-        checks.check_target(target, first)
-        if signature is not None and len(self.checked) < MOST_SIGNATURES:
-            self.checked.add(signature)
-        return first
-
-    def _signature(self, given: "GraphInputs", target: Tensor) -> Hashable:
-        """The properties that ``check`` depends on; None if they cannot be compared."""
-        try:
-            weights = [given.weights[name] for name in self.weight_labels]
-            externals = [given.externals[name] for name in self.graph.externals]
-            tensors = *given.logits, *weights, *externals, target
-            signature = tuple([(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors])
-            hash(signature)
-        except (AttributeError, KeyError, TypeError):
-            return None
-        return signature, target.requires_grad
-
-
-class GraphInputs(NamedTuple):
-    """The inputs of a loss's graph for one batch."""
-
-    logits: Sequence[Tensor]
-    """The graph's rows of logits in their order, each [B, C]."""
-    weights: Mapping[str, Tensor] = {}
-    """Weights by source name: [B, K], or [K] for the same weights in every row."""
-    externals: Mapping[str, Tensor] = {}
-    """Probabilities [B, C] by the name of the external node."""
-    extras: Mapping[str, Tensor] = {}
-    """The 0-d value of every extra term."""
-    lowered: LoweredGraph | None = None
-    """The graph to run if the loss has several with the same terms; None for ``self.lowered``."""
+    tensors: Inputs
+    extras: Mapping[str, Tensor]
+    layout: DenseLayout | None
+    """Of dense logits."""
+    row_weights: RowWeights | None
+    """Weights of the rows; None if all rows count alike."""
 
 
 def overridable(hook: Callable[..., GraphInputs]) -> Callable[..., GraphInputs]:
@@ -120,9 +55,15 @@ class GraphLoss(nn.Module):
         labels: names of logits rows and weight sources in messages, by their names in the graph.
         num_branches: M, how many of the first rows of logits are branches; None for all.
         extra_terms: terms that are not in the graph, by name; they need ``reduction="mean"``.
+        ignore_index: label of rows that contribute nothing; None for no label. As in
+            ``cross_entropy`` the mean is over the other rows, and 0 if there are none.
+        class_weight: [C], the factors of the classes in every cross-entropy, as in
+            ``cross_entropy``, whose mean they also weigh.
+        class_dim: the dimension of the classes in dense logits, 1 or -1.
     """
 
     term_weights: Tensor
+    _class_weight: Tensor | None
     ensemble_of = "logits"
     """Values whose mean is the ensemble, without a node ``ensemble``: "logits" or "predictions"."""
 
@@ -135,6 +76,9 @@ class GraphLoss(nn.Module):
         *,
         num_branches: int | None = None,
         extra_terms: Mapping[str, ExtraTerm] | None = None,
+        ignore_index: int | None = -100,
+        class_weight: Tensor | None = None,
+        class_dim: int = 1,
     ) -> None:
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
@@ -142,7 +86,12 @@ class GraphLoss(nn.Module):
         if extra_terms and reduction != "mean":
             terms = f"the terms {', '.join(extra_terms)} are means over the batch"
             raise ValueError(f"reduction={reduction!r}: {terms}; use reduction='mean'")
+        if class_dim not in (1, -1):
+            raise ValueError(f"class_dim={class_dim}; use 1 ([B, C, ...]) or -1 ([B, ..., C])")
         check_impl(impl)
+        self.ignore_index, self.class_dim = ignore_index, class_dim
+        weight = checks.checked_class_weight(class_weight)
+        self.register_buffer("_class_weight", weight, persistent=False)
         self.lowered = LoweredGraph.of(graph, labels or {})
         self.num_branches = self._num_rows() if num_branches is None else num_branches
         self.reduction, self.impl = reduction, impl
@@ -257,6 +206,10 @@ class GraphLoss(nn.Module):
     ) -> GraphInputs:
         """``graph_inputs``, after ``update_state`` in training; wrong keywords name the loss."""
         branch_logits = self._rows(branch_logits)
+        layout = self._layout(branch_logits)
+        if layout is not None:
+            rows = enumerate(branch_logits)
+            branch_logits = [layout.rows(row, f"branch_logits[{index}]") for index, row in rows]
         inputs, teacher = self._split_teacher(inputs)
         try:
             if target is not None and self.training:
@@ -271,7 +224,13 @@ class GraphLoss(nn.Module):
                 message = f"{type(self).__name__}: {error}; this loss takes {takes}"
                 raise TypeError(message) from None
             raise
-        return self._with_teacher(given, target, teacher)
+        given = self._with_teacher(given, target, teacher)
+        if layout is None:
+            return given
+        return given.as_rows(layout, given.lowered or self.lowered)
+
+    def _layout(self, branch_logits: Rows) -> DenseLayout | None:
+        return DenseLayout.of(self._rows(branch_logits), self.class_dim)
 
     def _split_teacher(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
         """The keywords of ``graph_inputs``, and the frozen teacher's rows."""
@@ -303,33 +262,42 @@ class GraphLoss(nn.Module):
         *,
         kd_weight: float | Tensor = 1.0,
         return_terms: bool = False,
+        sample_weight: Tensor | None = None,
         **inputs: Any,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch of B samples with C classes.
 
         Args:
-            branch_logits: M tensors [B, C], or one [M, B, C].
+            branch_logits: M tensors [B, C], or one [M, B, C]. Dense logits have further dimensions,
+                [B, C, d1, ...] or, with ``class_dim=-1``, [B, d1, ..., C]: every position is a row
+                with its own label [B, d1, ...]. The other inputs have the same layout, such as
+                mixing weights [B, K, d1, ...]; [B, K] is shared by all positions.
             target: int64 [B], or floating [B, C] class probabilities. Treated as a constant.
             kd_weight: the factor of the scheduled terms: a float, or a 0-d tensor on the device.
             return_terms: also return each term's mean over the rows before its weight, by name, as
                 detached 0-d tensors.
+            sample_weight: floating [B], or [B, d1, ...], the factors of all terms of a row. A mean
+                is divided by the sum of the factors, so only their ratios matter. A constant.
             inputs: the keywords of ``graph_inputs``.
 
         Returns:
-            The reduced loss in float32 (float64 for float64 logits). An empty batch gives 0.
+            The reduced loss in float32 (float64 for float64 logits); with ``reduction="none"`` [B],
+            or [B, d1, ...]. An empty batch gives 0.
 
         Raises:
             TypeError, ValueError: an argument's type, dtype, shape, device or label is wrong; the
                 message names it.
         """
-        given, plan, tensors = self._prepared(branch_logits, target, kd_weight, inputs)
-        rows, terms = evaluate(plan, *tensors, self.impl, mean=self.reduction == "mean")
+        call = self._prepared(branch_logits, target, kd_weight, sample_weight, inputs)
+        rows, terms = evaluate(call.plan, *call.tensors, self.impl, mean=self.reduction == "mean")
         loss = rows if self.reduction == "none" else rows.sum()
+        if self.reduction == "none" and call.layout is not None:
+            loss = call.layout.restore(rows)
         if self.reduction == "mean":
-            loss = loss / max(target.shape[0], 1)
-        if given.extras:
-            loss = loss + self._extra_loss(given.extras, kd_weight)
-        return (loss, self._term_means(terms, given.extras)) if return_terms else loss
+            loss = loss / max(len(rows), 1)
+        if call.extras:
+            loss = loss + self._extra_loss(call.extras, kd_weight)
+        return (loss, self._term_means(terms, call)) if return_terms else loss
 
     def forward_backward(
         self,
@@ -339,12 +307,13 @@ class GraphLoss(nn.Module):
         kd_weight: float | Tensor = 1.0,
         extra: Tensor | None = None,
         scale: Tensor | None = None,
+        sample_weight: Tensor | None = None,
         **inputs: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """``forward`` and ``loss.backward()`` in one pass over the logits.
 
         Args:
-            branch_logits, target, kd_weight, inputs: as in ``forward``.
+            branch_logits, target, kd_weight, sample_weight, inputs: as in ``forward``.
             extra: a 0-d tensor that is added to the loss and differentiated with it.
             scale: a 0-d tensor on the device that multiplies every gradient, but not the loss.
 
@@ -358,13 +327,13 @@ class GraphLoss(nn.Module):
         if self.reduction != "mean":
             fix = "forward_backward needs reduction='mean'; use forward and loss.backward()"
             raise ValueError(f"reduction={self.reduction!r}: {fix}")
-        given, plan, tensors = self._prepared(branch_logits, target, kd_weight, inputs)
-        rows, terms, grads = forward_backward(plan, *tensors, self.impl)
-        gradients = zip(tensors.differentiable, grads, strict=True)
+        call = self._prepared(branch_logits, target, kd_weight, sample_weight, inputs)
+        rows, terms, grads = forward_backward(call.plan, *call.tensors, self.impl)
+        gradients = zip(call.tensors.differentiable, grads, strict=True)
         roots = [(tensor, grad) for tensor, grad in gradients if grad is not None]
-        loss = rows.sum() / max(target.shape[0], 1)
-        if given.extras:
-            own = self._extra_loss(given.extras, kd_weight)
+        loss = rows.sum() / max(len(rows), 1)
+        if call.extras:
+            own = self._extra_loss(call.extras, kd_weight)
             extra = own if extra is None else extra + own
         if extra is not None:
             loss = loss + extra.detach()
@@ -374,24 +343,43 @@ class GraphLoss(nn.Module):
             roots = [(tensor, (grad * scale).to(grad.dtype)) for tensor, grad in roots]
         if roots:
             torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])
-        return loss, self._term_means(terms, given.extras)
+        return loss, self._term_means(terms, call)
 
     def _prepared(
-        self, branch_logits: Rows, target: Tensor, kd_weight: float | Tensor, inputs: dict[str, Any]
-    ) -> tuple[GraphInputs, Plan, Inputs]:
-        """The graph's inputs, the plan and the operator's inputs, with every tensor checked."""
+        self,
+        branch_logits: Rows,
+        target: Tensor,
+        kd_weight: float | Tensor,
+        sample_weight: Tensor | None,
+        inputs: dict[str, Any],
+    ) -> _Call:
+        """The operator's inputs of a call, with every tensor checked."""
         if target is None:  # None is valid only for methods such as ``named_logits``
             raise TypeError("target must be a tensor, got NoneType")
+        layout = self._layout(branch_logits)
+        if layout is not None:
+            target = layout.target(target)
+            sample_weight = layout.values(sample_weight, "sample_weight")
+        ignored = checks.ignored_rows(target, self.ignore_index)
+        if ignored is not None:
+            target = target.masked_fill(ignored, 0)  # a class for the kernels
         given = self._inputs(branch_logits, target, inputs)
         lowered = given.lowered or self.lowered
         first = lowered.check(given, target)
         checks.check_kd_weight(kd_weight, first.device)
+        checks.check_ignore_index(self.ignore_index, first.shape[1])
         weights = [given.weights[name] for name in lowered.weight_labels]
         weights = [each if each.dim() == 2 else each.expand(len(first), -1) for each in weights]
         externals = [given.externals[name] for name in lowered.graph.externals]
         term_weights = self._weights_of_terms(first, kd_weight)
+        plan, row_weights = lowered.plan, None
+        if ignored is not None or sample_weight is not None or self._class_weight is not None:
+            factors = checks.check_row_factors(first, self._class_weight, sample_weight)
+            row_weights = weigh_rows(plan, first, target, ignored, *factors)
+            plan, target = row_weights.plan, row_weights.target
+            term_weights = row_weights.term_weights(term_weights, self.reduction == "mean")
         tensors = Inputs(given.logits, weights, externals, target, term_weights)
-        return given, lowered.plan, tensors
+        return _Call(plan, tensors, given.extras, layout, row_weights)
 
     def _weights_of_terms(self, first: Tensor, kd_weight: float | Tensor) -> Tensor:
         """The weight of each term [T], a cached tensor while ``kd_weight`` is the same number."""
@@ -417,11 +405,14 @@ class GraphLoss(nn.Module):
             parts.append(part * kd_weight if scheduled else part)
         return torch.stack(parts).sum()
 
-    def _term_means(self, terms: Tensor, extras: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _term_means(self, terms: Tensor, call: _Call) -> dict[str, Tensor]:
         """The mean of each term [T, B] over the rows, and the extra terms, by name."""
-        means = terms.detach().sum(1) / max(terms.shape[1], 1)
+        if call.row_weights is None:
+            means = terms.detach().sum(1) / max(terms.shape[1], 1)
+        else:
+            means = call.row_weights.term_means(terms.detach())
         names = [term.name for term in self.graph.terms]
-        extra_means = {name: value.detach() for name, value in extras.items()}
+        extra_means = {name: value.detach() for name, value in call.extras.items()}
         return {**dict(zip(names, means.unbind(), strict=True)), **extra_means}
 
     # --- rows and weights by name
@@ -451,7 +442,8 @@ class GraphLoss(nn.Module):
         if self.num_branches > 1 and "ensemble" not in named:
             members = [named[name] for name in self.ensemble_members]
             named["ensemble"] = torch.stack(members).mean(0)
-        return named
+        layout = self._layout(branch_logits)
+        return named if layout is None else {n: layout.restore(row) for n, row in named.items()}
 
     @torch.no_grad()
     def mixtures(

@@ -45,6 +45,9 @@ class MethodLoss(GraphLoss):
     label_smoothing: float = keyword(default=options.label_smoothing(), kw_only=True)
     reduction: Reduction = keyword(default=options.reduction(), kw_only=True)
     impl: Impl = keyword(default=options.impl(), kw_only=True)
+    ignore_index: int | None = keyword(default=options.ignore_index(), kw_only=True)
+    class_weight: Tensor | None = keyword(default=options.class_weight(), kw_only=True)
+    class_dim: int = keyword(default=options.class_dim(), kw_only=True)
 
     def __init__(
         self,
@@ -54,6 +57,7 @@ class MethodLoss(GraphLoss):
         impl: Impl = "auto",
         labels: Mapping[str, str] | None = None,
         extra_terms: Mapping[str, ExtraTerm] | None = None,
+        **row_options: Any,
     ) -> None:
         branches, others = graph.logits[:num_branches], graph.logits[num_branches:]
         names = {name: f"branch_logits[{index}]" for index, name in enumerate(branches)}
@@ -61,7 +65,7 @@ class MethodLoss(GraphLoss):
         names.update({name: name for name in graph.weight_sources})
         names.update(labels or {})
         sizes: dict[str, Any] = {"num_branches": num_branches, "extra_terms": extra_terms}
-        super().__init__(graph, reduction, impl, names, **sizes)
+        super().__init__(graph, reduction, impl, names, **sizes, **row_options)
 
     def __post_init__(self) -> None:
         """The constructor of classes under ``loss_options``, after their options are set."""

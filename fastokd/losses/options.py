@@ -17,13 +17,14 @@ from fastokd.limits import Limits
 
 Reduction = Literal["mean", "sum", "none"]
 Impl = Literal["auto", "reference", "triton", "cpu"]
-KEYWORDS = ("label_smoothing", "reduction", "impl")
+KEYWORDS = ("label_smoothing", "reduction", "impl", "ignore_index", "class_weight", "class_dim")
 """Options of every loss, the last arguments of its constructor."""
 OptionValue = float | int | bool | str
 T = TypeVar("T")
 
-COMMON = ("num_branches", "reduction", "impl")
-"""Arguments of every loss, which the command line sets by other means than method options."""
+COMMON = ("num_branches", "reduction", "impl", "ignore_index", "class_weight", "class_dim")
+"""Arguments of every loss that are not method options: the command line sets them by other means,
+or cannot, because its labels are classes."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,20 @@ def reduction(
 
 def impl() -> Any:
     return Option("auto", 'the executor: "auto", "reference", "triton" or "cpu".')
+
+
+def ignore_index() -> Any:
+    help = "label of rows that contribute nothing; the mean is over the other rows. None: no label."
+    return Option(-100, help)
+
+
+def class_weight() -> Any:
+    help = "factors [C] of the classes in every cross-entropy, as in cross_entropy. None: 1."
+    return Option(None, help)
+
+
+def class_dim() -> Any:
+    return Option(1, "dimension of the classes in dense logits, with more than two: 1 or -1.")
 
 
 def keyword(*, default: Any, kw_only: Literal[True]) -> Any:

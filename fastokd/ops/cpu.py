@@ -19,7 +19,7 @@ from fastokd.graph.plan import Plan
 from fastokd.ops.executors import Case
 from fastokd.ops.inputs import Gradients, Inputs, Needs, Outputs, compute_dtype
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """FASTOKD_ABI_VERSION of kernels/cpu/fastokd.h."""
 
 _NATIVE = Path(os.environ.get("FASTOKD_NATIVE_DIR") or Path(__file__).parents[1] / "_native")
@@ -186,7 +186,7 @@ class CPUExecutor:
 
     def forward(self, plan: Plan, inputs: Inputs) -> Outputs:
         term_weights, outputs = _term_weights(inputs), _outputs(plan, inputs.logits[0])
-        _compiled(plan).call("forward", inputs, term_weights, *outputs)
+        _compiled(plan).call("forward", inputs, _describe((), term_weights), *outputs)
         return outputs
 
     def backward(
@@ -196,7 +196,8 @@ class CPUExecutor:
         grad_rows = grad_rows.to(term_weights.dtype)
         grads, addresses = _gradients(inputs, needs)
         upstream = _describe((), grad_rows)
-        _compiled(plan).call("backward", inputs, term_weights, stats, upstream, addresses)
+        weights = _describe((), term_weights)
+        _compiled(plan).call("backward", inputs, weights, stats, upstream, addresses)
         return grads
 
     def forward_backward(
@@ -205,13 +206,16 @@ class CPUExecutor:
         term_weights, outputs = _term_weights(inputs), _outputs(plan, inputs.logits[0])
         upstream = term_weights.new_full((), 1 / max(len(inputs.logits[0]), 1))
         grads, addresses = _gradients(inputs, needs)
-        arrays = term_weights, *outputs, _describe((), upstream), addresses
+        weights = _describe((), term_weights)
+        arrays = weights, *outputs, _describe((), upstream), addresses
         _compiled(plan).call("forward_backward", inputs, *arrays)
         return *outputs[:2], grads
 
 
 def _term_weights(inputs: Inputs) -> Tensor:
-    return inputs.term_weights.to(compute_dtype(inputs.logits[0])).contiguous()
+    """The weights of the terms as [B, T], with a row stride of 0 if the rows share them."""
+    weights = inputs.term_weights.to(compute_dtype(inputs.logits[0]))
+    return weights.expand(inputs.logits[0].shape[0], -1)
 
 
 def _outputs(plan: Plan, first: Tensor) -> Outputs:

@@ -19,7 +19,8 @@ class Inputs(NamedTuple):
     target: Tensor
     """int64 [B], or floating [B, C] class probabilities; a constant."""
     term_weights: Tensor
-    """[T], in the compute dtype."""
+    """[T], or [B, T] for separate weights in each row, in the compute dtype. With [B, T] a term of
+    weight 0 adds 0 to its row, even if its value is non-finite."""
 
     @property
     def differentiable(self) -> list[Tensor]:

@@ -240,7 +240,12 @@ def _gradients(
                 grad_rows, *inputs, stats, _text(ctx.plan), ctx.executor, needs
             )
             grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-        grad_term_weights = (terms * grad_rows).sum(1) if needed[3] else None
+        grad_term_weights = None
+        if needed[3]:
+            grad_term_weights = terms * grad_rows
+            grad_term_weights = (
+                grad_term_weights.sum(1) if term_weights.dim() == 1 else grad_term_weights.t()
+            )
     if torch.is_grad_enabled():  # create_graph=True: the gradients may be differentiated again
         once = partial(_NoSecondDerivative.apply, ctx.executor)
         grads = [None if grad is None else once(grad, grad_rows, *tensors) for grad in grads]

@@ -137,8 +137,11 @@ def term_values(plan: Plan, inputs: Inputs) -> Tensor:
 
 
 def weighted_rows(term_weights: Tensor, terms: Tensor) -> Tensor:
-    """The loss of each row [B] from the term weights [T] and the terms [T, B]."""
-    return (term_weights.unsqueeze(1) * terms).sum(0)
+    """The loss of each row [B] from the term weights [T] or [B, T] and the terms [T, B]."""
+    if term_weights.dim() == 1:
+        return (term_weights.unsqueeze(1) * terms).sum(0)
+    weights = term_weights.t()
+    return (weights * torch.where((weights == 0) & ~terms.isfinite(), 0.0, terms)).sum(0)
 
 
 @contextmanager

@@ -513,19 +513,22 @@ def build_loss(config: TrainConfig, impl: str | None = None) -> "MethodLoss":
     Raises:
         ConfigError: the preset or an option is unknown, or a value is out of range.
     """
+    from fastokd.losses.options import COMMON
+
     method = method_of(config)
     presets, given = method.loss_class.presets, f"method '{config.method}'"
     if config.preset not in presets:
         hint = did_you_mean(config.preset, presets)
         raise ConfigError(f"unknown preset '{config.preset}' of {given}{hint}")
     arguments = set(inspect.signature(method.loss_class).parameters)
-    allowed = (arguments - {"num_branches", "impl", "reduction"}) | set(method.model_options)
+    allowed = (arguments - set(COMMON)) | set(method.model_options)
     for name in config.method_options:
         if name not in allowed:
             raise ConfigError(f"unknown option '{name}' of {given}{did_you_mean(name, allowed)}")
     options = config.loss_options() | ({"impl": impl} if impl else {})
     try:
         loss = method.loss_class(num_branches=config.num_branches(), **options)
+        loss.ignore_index = None  # a dataset's labels are classes
         if config.teacher and not method.needs_teacher:
             branches = loss.graph.logits[: config.num_branches()]
             student = branches[config.kept_branch()]

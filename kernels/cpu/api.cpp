@@ -90,13 +90,15 @@ struct Free {
 // Shared by the entry points; `kernel` is a member of Backend.
 int32_t run(const fastokd_plan* plan, Call call, const RowKernel (Backend::*kernel)[2], int32_t num_threads) {
   const bool backward = kernel != &Backend::forward, forward = kernel != &Backend::backward;
-  if (!plan || !call.tensors || !call.term_weights || call.batch < 0 || call.classes < 1) return FASTOKD_ARGUMENT;
+  if (!plan || !call.tensors || call.batch < 0 || call.classes < 1) return FASTOKD_ARGUMENT;
   call.program = &plan->program;
   if (!fits(call)) return FASTOKD_ARGUMENT;
   const int real = call.tensors[0].dtype == FASTOKD_FLOAT64;
-  if (backward && (!call.grads || call.grad_rows.dtype != (real ? FASTOKD_FLOAT64 : FASTOKD_FLOAT32))) return FASTOKD_ARGUMENT;
+  const int32_t dtype = real ? FASTOKD_FLOAT64 : FASTOKD_FLOAT32;
+  if (call.term_weights.dtype != dtype) return FASTOKD_ARGUMENT;
+  if (backward && (!call.grads || call.grad_rows.dtype != dtype)) return FASTOKD_ARGUMENT;
   if (call.batch == 0) return FASTOKD_OK;
-  if (!call.stats || (forward && (!call.rows || !call.terms))) return FASTOKD_ARGUMENT;
+  if (!call.stats || !call.term_weights.data || (forward && (!call.rows || !call.terms))) return FASTOKD_ARGUMENT;
   if (backward && !call.grad_rows.data) return FASTOKD_ARGUMENT;
   const RowKernel& chosen = (plan->backend->*kernel)[real];
   const int64_t row = call.program->num_nodes * call.classes;
@@ -162,24 +164,25 @@ void fastokd_plan_destroy(fastokd_plan* plan) { delete plan; }
 int64_t fastokd_plan_num_stats(const fastokd_plan* plan) { return plan ? plan->program.num_stats : 0; }
 
 int32_t fastokd_forward(const fastokd_plan* plan, int64_t batch, int64_t classes, const fastokd_tensor* tensors,
-                        const void* term_weights, void* rows, void* terms, void* stats, int32_t num_threads) {
-  const Call call{nullptr, batch, classes, tensors, term_weights, rows, terms, stats, {}, nullptr};
+                        const fastokd_tensor* term_weights, void* rows, void* terms, void* stats, int32_t num_threads) {
+  if (!term_weights) return FASTOKD_ARGUMENT;
+  const Call call{nullptr, batch, classes, tensors, *term_weights, rows, terms, stats, {}, nullptr};
   return run(plan, call, &Backend::forward, num_threads);
 }
 
 int32_t fastokd_backward(const fastokd_plan* plan, int64_t batch, int64_t classes, const fastokd_tensor* tensors,
-                         const void* term_weights, const void* stats, const fastokd_tensor* grad_rows, void* const* grads,
-                         int32_t num_threads) {
-  if (!grad_rows) return FASTOKD_ARGUMENT;
-  const Call call{nullptr, batch, classes, tensors, term_weights, nullptr, nullptr, const_cast<void*>(stats), *grad_rows, grads};
+                         const fastokd_tensor* term_weights, const void* stats, const fastokd_tensor* grad_rows,
+                         void* const* grads, int32_t num_threads) {
+  if (!term_weights || !grad_rows) return FASTOKD_ARGUMENT;
+  const Call call{nullptr, batch, classes, tensors, *term_weights, nullptr, nullptr, const_cast<void*>(stats), *grad_rows, grads};
   return run(plan, call, &Backend::backward, num_threads);
 }
 
 int32_t fastokd_forward_backward(const fastokd_plan* plan, int64_t batch, int64_t classes, const fastokd_tensor* tensors,
-                                 const void* term_weights, void* rows, void* terms, void* stats,
+                                 const fastokd_tensor* term_weights, void* rows, void* terms, void* stats,
                                  const fastokd_tensor* grad_rows, void* const* grads, int32_t num_threads) {
-  if (!grad_rows) return FASTOKD_ARGUMENT;
-  const Call call{nullptr, batch, classes, tensors, term_weights, rows, terms, stats, *grad_rows, grads};
+  if (!term_weights || !grad_rows) return FASTOKD_ARGUMENT;
+  const Call call{nullptr, batch, classes, tensors, *term_weights, rows, terms, stats, *grad_rows, grads};
   return run(plan, call, &Backend::forward_backward, num_threads);
 }
 

@@ -219,7 +219,7 @@ struct Backward : Rows<Real> {
     for (int i = 0; i < program.num_terms; ++i) {
       const Term& term = program.terms[i];
       TermState& state = terms[i];
-      const Real weight = upstream * static_cast<const Real*>(call.term_weights)[i];
+      const Real weight = upstream * this->term_weight(i);
       if (term.kind == kCrossEntropy) {
         const int softmax = program.softmax_at_one[term.student];
         softmaxes[softmax].coef += weight * ((1 - smoothing) * mass + smoothing) / sums[softmax];

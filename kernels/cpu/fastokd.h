@@ -14,7 +14,7 @@ extern "C" {
 #endif
 
 /* Incremented with every change of a signature, a struct, a dtype code or the plan's encoding. */
-#define FASTOKD_ABI_VERSION 1
+#define FASTOKD_ABI_VERSION 2
 #define FASTOKD_API __attribute__((visibility("default")))
 
 enum {
@@ -60,21 +60,23 @@ FASTOKD_API void fastokd_plan_destroy(fastokd_plan *plan);
 FASTOKD_API int64_t fastokd_plan_num_stats(const fastokd_plan *plan);
 
 /* tensors: M logits [B, C] of one dtype, S weights [B, K], X externals [B, C], then the target: int64 [B] or [B, C].
- * The compute type is double for float64 logits, else float; term_weights [T], rows [B], terms [T, B] and
- * stats [num_stats, B] are contiguous and of that type. A label out of range gives NaN in its row. */
+ * The compute type is double for float64 logits, else float. term_weights [B, T] are of that type, with a row stride of 0
+ * if all rows share them; otherwise a term whose weight is 0 adds 0, even if its value is not finite. rows [B],
+ * terms [T, B] and stats [num_stats, B] are contiguous and of that type. A label out of range gives NaN in its row. */
 FASTOKD_API int32_t fastokd_forward(const fastokd_plan *plan, int64_t batch, int64_t classes, const fastokd_tensor *tensors,
-                                    const void *term_weights, void *rows, void *terms, void *stats, int32_t num_threads);
+                                    const fastokd_tensor *term_weights, void *rows, void *terms, void *stats,
+                                    int32_t num_threads);
 
 /* grad_rows: [B] in the compute type, row_stride counts. grads: M + S contiguous matrices in the dtypes of the logits
  * and the weights, NULL where no gradient is needed. */
 FASTOKD_API int32_t fastokd_backward(const fastokd_plan *plan, int64_t batch, int64_t classes, const fastokd_tensor *tensors,
-                                     const void *term_weights, const void *stats, const fastokd_tensor *grad_rows,
-                                     void *const *grads, int32_t num_threads);
+                                     const fastokd_tensor *term_weights, const void *stats,
+                                     const fastokd_tensor *grad_rows, void *const *grads, int32_t num_threads);
 
 /* Forward and backward in one call, which reads the logits from memory only once. */
 FASTOKD_API int32_t fastokd_forward_backward(const fastokd_plan *plan, int64_t batch, int64_t classes,
-                                             const fastokd_tensor *tensors, const void *term_weights, void *rows, void *terms,
-                                             void *stats, const fastokd_tensor *grad_rows, void *const *grads,
+                                             const fastokd_tensor *tensors, const fastokd_tensor *term_weights, void *rows,
+                                             void *terms, void *stats, const fastokd_tensor *grad_rows, void *const *grads,
                                              int32_t num_threads);
 
 /* For tests of the stated error bounds: out[i] = exp (function 0) or log (1) of in[i], in float32 or float64. */

@@ -289,7 +289,6 @@ struct Forward : Rows<Real> {
 
   void write() {
     const Real smoothing = real(program.label_smoothing), classes = real(static_cast<double>(call.classes));
-    const Real* term_weights = static_cast<const Real*>(call.term_weights);
     Real total = 0;
     for (int i = 0; i < program.num_terms; ++i) {
       const Term& term = program.terms[i];
@@ -301,7 +300,8 @@ struct Forward : Rows<Real> {
           loss = (1 - smoothing) * loss + smoothing * (logs[program.softmax_at_one[n]] - shifted_sums[n] / classes);
       }
       static_cast<Real*>(call.terms)[i * call.batch + row] = loss;
-      total += term_weights[i] * loss;
+      const Real weight = this->term_weight(i);
+      if (weight != 0 || call.term_weights.row_stride == 0) total += weight * loss;
       if (term.inner_stat >= 0) put(term.inner_stat, inner[i]);
     }
     static_cast<Real*>(call.rows)[row] = total;

@@ -106,7 +106,7 @@ struct Call {
   int64_t batch;
   int64_t classes;
   const fastokd_tensor* tensors;
-  const void* term_weights;
+  fastokd_tensor term_weights;
   void* rows;
   void* terms;
   void* stats;  // written by forward, read by backward

@@ -96,6 +96,12 @@ struct Rows {
   Real* prob(int node) const { return probs + node * chunk; }
   const fastokd_tensor& weight(int source) const { return call.tensors[program.num_logits + source]; }
 
+  // The weight of a term in this row.
+  Real term_weight(int term) const {
+    const fastokd_tensor& all = call.term_weights;
+    return static_cast<const Real*>(all.data)[row * all.row_stride + term * all.column_stride];
+  }
+
   void fill_unused(Real* to, Real with) const {
     for (int64_t i = count; i < padded; ++i) to[i] = with;
   }

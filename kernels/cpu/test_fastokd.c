@@ -35,7 +35,9 @@ static const double plan_floats[] = {
 };
 enum { NUM_INTS = sizeof plan_ints / sizeof *plan_ints, NUM_FLOATS = sizeof plan_floats / sizeof *plan_floats };
 /* lambda_ta = 4, lambda_branch = 2, kd_weight = 0.5. */
-static const double term_weights[NUM_TERMS] = {1, 1, 1, 1, 1, 2, 1, 2, 1};
+static double weights_of_terms[NUM_TERMS] = {1, 1, 1, 1, 1, 2, 1, 2, 1};
+static const fastokd_tensor shared_weights = {weights_of_terms, 0, 1, FASTOKD_FLOAT64, 0};
+static const fastokd_tensor *const term_weights = &shared_weights;
 static const double known_loss = 4.285215;
 static const double known_grads[] = {
     -0.293761, 0.310757, -0.016996, -1.935302, 1.759042, 0.176260, 0.030955, -0.434477, 0.403522,
@@ -139,7 +141,10 @@ static void test_calls(void) {
   fastokd_tensor tensors[6];
   memset(tensors, 0, sizeof tensors);
   tensors[5].dtype = FASTOKD_INT64;
+  CHECK(fastokd_forward(plan, 0, 3, tensors, term_weights, NULL, NULL, NULL, 2) == FASTOKD_ARGUMENT); /* not float */
+  for (int i = 0; i < 5; ++i) tensors[i].dtype = FASTOKD_FLOAT64;
   CHECK(fastokd_forward(plan, 0, 3, tensors, term_weights, NULL, NULL, NULL, 2) == FASTOKD_OK);
+  CHECK(fastokd_forward(plan, 0, 3, tensors, NULL, NULL, NULL, NULL, 2) == FASTOKD_ARGUMENT);
   CHECK(fastokd_forward(plan, -1, 3, tensors, term_weights, NULL, NULL, NULL, 2) == FASTOKD_ARGUMENT);
   CHECK(fastokd_forward(plan, 1, 3, tensors, term_weights, NULL, NULL, NULL, 2) == FASTOKD_ARGUMENT);
   CHECK(fastokd_forward(NULL, 0, 3, tensors, term_weights, NULL, NULL, NULL, 2) == FASTOKD_ARGUMENT);

@@ -257,7 +257,11 @@ def forward_row(
 
     loss = row_constant(NEGATIVE_ZERO, TILE)
     for t in tl.static_range(tl.constexpr(SPEC.num_terms)):
-        loss += terms[t] * tl.load(term_weights + t)
+        weight = tl.load(term_weights + t)
+        if TILE.weights_per_row:
+            loss += tl.where(weight == 0, 0, terms[t] * weight)
+        else:
+            loss += terms[t] * weight
     stats = maxima + sums + means
     if SPEC.use_label_logits:
         stats = stats + label_logits

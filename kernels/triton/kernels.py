@@ -64,6 +64,15 @@ def load_stats(stats, rows, SPEC: tl.constexpr):
 
 
 @triton.jit
+def row_term_weights(term_weights, rows, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """Pointers to the rows' weights of the terms: one for all rows if they share them."""
+    if TILE.weights_per_row:
+        return term_weights + rows * SPEC.num_terms
+    else:
+        return term_weights
+
+
+@triton.jit
 def load_gradient(grad_rows, rows, TILE: tl.constexpr):
     """The gradients of the rows' losses."""
     return to_compute(tl.load(grad_rows + rows * TILE.grad_stride), TILE)
@@ -92,7 +101,8 @@ def forward_kernel(
     rows, inside = program_rows(batch, TILE)
     inputs = (hide_alignment(logits, shift, TILE), externals, target)
     loaded = load_weights(weights, rows, SPEC, TILE)
-    loss, terms, stats = forward_row(inputs, loaded, term_weights, rows, term_weights, SPEC, TILE)
+    term_weights = row_term_weights(term_weights, rows, SPEC, TILE)
+    loss, terms, stats = forward_row(inputs, loaded, term_weights, rows, out_rows, SPEC, TILE)
     store_values(loss, terms, out_rows, out_terms, rows, inside, batch, SPEC, TILE)
     for j in tl.static_range(tl.constexpr(SPEC.num_stats)):
         store_rows(out_stats + rows * SPEC.num_stats + j, stats[j], inside, TILE)
@@ -120,6 +130,7 @@ def backward_kernel(
     rows, inside = program_rows(batch, TILE)
     inputs = (hide_alignment(logits, shift, TILE), externals, target)
     loaded = load_weights(weights, rows, SPEC, TILE)
+    term_weights = row_term_weights(term_weights, rows, SPEC, TILE)
     row_stats = load_stats(stats, rows, SPEC)
     gradient = load_gradient(grad_rows, rows, TILE)
     grad_logits = hide_alignment(grad_logits, shift, TILE)
@@ -158,7 +169,8 @@ def forward_backward_kernel(
     rows, inside = program_rows(batch, TILE)
     inputs = (hide_alignment(logits, shift, TILE), externals, target)
     loaded = load_weights(weights, rows, SPEC, TILE)
-    loss, terms, stats = forward_row(inputs, loaded, term_weights, rows, term_weights, SPEC, TILE)
+    term_weights = row_term_weights(term_weights, rows, SPEC, TILE)
+    loss, terms, stats = forward_row(inputs, loaded, term_weights, rows, out_rows, SPEC, TILE)
     store_values(loss, terms, out_rows, out_terms, rows, inside, batch, SPEC, TILE)
     gradient = row_constant(1.0, TILE) / batch
     grad_logits = hide_alignment(grad_logits, shift, TILE)

@@ -209,6 +209,7 @@ def _tile(
         tuple(int(need) for need in needs),
         int(double),
         int(not INTERPRETED and not double),
+        inputs.term_weights.dim() - 1,
     )
 
 
@@ -236,7 +237,18 @@ def _launch(
         for tensor in (*inputs.weights, *inputs.externals, inputs.target)
     ]
     strides = [row.stride() for row in inputs.logits]
-    key = which, spec, first.shape, first.dtype, tuple(needs), grad_stride, *strides, *others
+    per_row = inputs.term_weights.dim() - 1
+    key = (
+        which,
+        spec,
+        first.shape,
+        first.dtype,
+        tuple(needs),
+        grad_stride,
+        per_row,
+        *strides,
+        *others,
+    )
 
     def first_launch() -> tuple[Any, int, tuple[Any, ...]]:
         tile = _tile(spec, inputs, needs, grad_stride, which == "forward_backward")

@@ -27,6 +27,7 @@ from fastokd.kernels.triton.kernels import (
     load_gradient,
     load_stats,
     program_rows,
+    row_term_weights,
     store_values,
 )
 from fastokd.kernels.triton.normalized import lane_normalized_sums
@@ -113,6 +114,7 @@ def merge_kernel(
     inside = rows < batch
     inputs = (hide_alignment(logits, shift, TILE), externals, target)
     loaded = load_weights(weights, rows, SPEC, TILE)
+    term_weights = row_term_weights(term_weights, rows, SPEC, TILE)
     loss, terms, stats = forward_row(inputs, loaded, term_weights, rows, partials, SPEC, TILE)
     store_values(loss, terms, out_rows, out_terms, rows, inside, batch, SPEC, TILE)
     for j in tl.static_range(tl.constexpr(SPEC.num_stats)):
@@ -142,6 +144,7 @@ def columns_kernel(
     inputs = (hide_alignment(logits, shift, TILE), externals, target)
     grad_logits = hide_alignment(grad_logits, shift, TILE)
     loaded = load_weights(weights, rows, SPEC, TILE)
+    term_weights = row_term_weights(term_weights, rows, SPEC, TILE)
     row_stats = load_stats(stats, rows, SPEC)
     gradient = load_gradient(grad_rows, rows, TILE)
     shared, label_logits = before_columns(loaded, gradient, term_weights, row_stats, SPEC, TILE)
@@ -168,6 +171,7 @@ def weights_kernel(
     rows = tl.program_id(0).to(tl.int64)
     inside = rows < batch
     loaded = load_weights(weights, rows, SPEC, TILE)
+    term_weights = row_term_weights(term_weights, rows, SPEC, TILE)
     row_stats = load_stats(stats, rows, SPEC)
     gradient = load_gradient(grad_rows, rows, TILE)
     shared, label_logits = before_columns(loaded, gradient, term_weights, row_stats, SPEC, TILE)

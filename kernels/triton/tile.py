@@ -36,6 +36,7 @@ class Tile(Constant):
         needs: whether a gradient is needed, for each row of logits and source of weights.
         double: float64 arithmetic.
         hardware: 0 in the interpreter, which lacks the GPU's logarithm and fused multiply-add.
+        weights_per_row: whether the weights of the terms are [B, T] instead of [T].
     """
 
     num_classes: int
@@ -53,6 +54,7 @@ class Tile(Constant):
     needs: tuple[int, ...]
     double: int
     hardware: int
+    weights_per_row: int = 0
 
     @property
     def block(self) -> int:

@@ -1,0 +1,92 @@
+"""Dense logits, such as one prediction for each pixel or token, as rows [N, C]."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class DenseLayout(NamedTuple):
+    """Logits [B, C, d1, ...], or with the classes last [B, d1, ..., C], as N = B * d1 * ... rows.
+
+    Rows are views if the classes are adjacent in memory, as in channels-last images; otherwise
+    they are copied.
+    """
+
+    batch: int
+    positions: tuple[int, ...]
+    """d1, ..."""
+    classes_last: bool
+
+    @classmethod
+    def of(cls, logits: Sequence[Tensor] | Tensor, class_dim: int) -> "DenseLayout | None":
+        """The layout of the first of several tensors of logits; None for rows [B, C]."""
+        is_sequence = isinstance(logits, (Tensor, tuple, list)) and len(logits)
+        first = logits[0] if is_sequence else None
+        if not isinstance(first, Tensor) or first.dim() < 3:
+            return None
+        batch, *others = first.shape
+        last = class_dim == -1
+        return cls(batch, tuple(others[:-1] if last else others[1:]), last)
+
+    @property
+    def num_rows(self) -> int:
+        return self.batch * math.prod(self.positions)
+
+    def rows(self, value: Tensor, name: str) -> Tensor:
+        """A tensor [B, K, d1, ...] (classes last: [B, d1, ..., K]) as [N, K]; [B, K] is shared by
+        all positions.
+
+        Raises:
+            ValueError: the tensor has another shape.
+        """
+        if value.dim() == 2 and value.shape[0] == self.batch:
+            count = math.prod(self.positions)
+            return value.unsqueeze(1).expand(-1, count, -1).reshape(self.num_rows, -1)
+        moved = value if self.classes_last or value.dim() < 2 else value.movedim(1, -1)
+        if tuple(moved.shape[:-1]) != (self.batch, *self.positions):
+            raise ValueError(f"{name} has the shape {tuple(value.shape)}; {self._expected('K')}")
+        return moved.reshape(self.num_rows, -1)
+
+    def values(self, value: Tensor | None, name: str) -> Tensor | None:
+        """A tensor [B, d1, ...] as [N]; [B] is shared by all positions.
+
+        Raises:
+            ValueError: the tensor has another shape.
+        """
+        if not isinstance(value, Tensor):
+            return value  # reported by the checks
+        if value.dim() == 1 and value.shape[0] == self.batch:
+            return value.repeat_interleave(math.prod(self.positions))
+        if tuple(value.shape) != (self.batch, *self.positions):
+            wanted = list((self.batch, *self.positions))
+            raise ValueError(f"{name} has the shape {tuple(value.shape)}; it must be {wanted}")
+        return value.reshape(-1)
+
+    def target(self, target: Tensor) -> Tensor:
+        """Labels [B, d1, ...] as [N], or class probabilities as [N, C].
+
+        Raises:
+            ValueError: the target has another shape.
+        """
+        if not isinstance(target, Tensor):
+            return target  # reported by the checks
+        if target.is_floating_point() and target.dim() > 2:
+            return self.rows(target, "target")
+        wanted = [self.batch, *self.positions]
+        if list(target.shape) != wanted:
+            raise ValueError(f"target has the shape {tuple(target.shape)}; labels must be {wanted}")
+        return target.reshape(-1)
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """The inverse of ``values`` for [N], and of ``rows`` for [N, K]."""
+        if rows.dim() == 1:
+            return rows.reshape(self.batch, *self.positions)
+        dense = rows.reshape(self.batch, *self.positions, -1)
+        return dense if self.classes_last else dense.movedim(-1, 1)
+
+    def _expected(self, width: str) -> str:
+        sizes = [str(size) for size in self.positions]
+        sizes = [*sizes, width] if self.classes_last else [width, *sizes]
+        return f"with these logits it must be [{self.batch}, {', '.join(sizes)}]"
