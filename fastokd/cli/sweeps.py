@@ -20,9 +20,11 @@ from fastokd.experiments.sweep.sweep import plan_sweep
 from fastokd.train.config import override
 
 
-def demo(out: Path = Path("demo-out"), seeds: int = 3, epochs: int = 24, branches: int = 3) -> None:
-    """Train a small student alone and with AHBF on embedded digits, compare both, and export the
-    student.
+def demo(
+    out: Path = Path("demo-out"), seeds: int = 10, epochs: int = 20, branches: int = 4
+) -> None:
+    """Train a small student alone and with AHBF on a few embedded digits, compare both, and export
+    the student.
 
     Args:
         out: Folder for the runs, the plots and the exported student; an earlier demo is replaced
