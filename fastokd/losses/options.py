@@ -17,8 +17,10 @@ from fastokd.limits import Limits
 
 Reduction = Literal["mean", "sum", "none"]
 Impl = Literal["auto", "reference", "triton", "cpu"]
-KEYWORDS = ("label_smoothing", "reduction", "impl", "ignore_index", "class_weight", "class_dim")
-"""Options of every loss, the last arguments of its constructor."""
+POSITIONAL = ("label_smoothing", "reduction", "impl")
+KEYWORDS = (*POSITIONAL, "ignore_index", "class_weight", "class_dim")
+"""Options of every loss, the last arguments of its constructor; the first of them may be passed by
+position."""
 OptionValue = float | int | bool | str
 T = TypeVar("T")
 
@@ -171,10 +173,15 @@ def loss_options(cls: type[T]) -> type[T]:
 
 
 def _accept_positions(loss: Any) -> None:
-    """Let the constructor take ``KEYWORDS`` as its last positional arguments too."""
+    """Let the constructor take ``POSITIONAL`` as its last positional arguments too."""
     construct = loss.__init__
     this, *given = inspect.signature(construct).parameters.values()
-    given = [each.replace(kind=each.POSITIONAL_OR_KEYWORD) for each in given]
+    given = [
+        each
+        if each.name in KEYWORDS and each.name not in POSITIONAL
+        else each.replace(kind=each.POSITIONAL_OR_KEYWORD)
+        for each in given
+    ]
     signature = inspect.Signature(given)
 
     def __init__(self: Any, *values: Any, **options: Any) -> None:
