@@ -21,7 +21,9 @@ def demo(tmp_path_factory):
 
 
 def test_table_is_the_mean_and_deviation_of_the_last_epochs(demo, capsys):
-    assert main(["demo", "--out", str(demo), "--epochs", "1", "--branches", "3", "--seeds", "3"]) == 0
+    assert (
+        main(["demo", "--out", str(demo), "--epochs", "1", "--branches", "3", "--seeds", "3"]) == 0
+    )
     said = capsys.readouterr().out
     errors = {
         method: [
