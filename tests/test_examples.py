@@ -262,6 +262,17 @@ def test_export_onnx_example_reads_early_record(shorter, pictures):
     assert given[0].shape == (1, 3, 32, 32)
 
 
+@pytest.mark.parametrize(
+    ("name", "steps", "chance"), [("segmentation.py", 100, 33.4), ("tokens.py", 120, 12.5)]
+)
+def test_dense_example_trains_above_chance(name, steps, chance):
+    calls = {
+        "segmentation.py": lambda: run_here("segmentation.py", "--steps", steps),
+        "tokens.py": lambda: run_here("tokens.py", "--steps", steps),
+    }
+    assert last_percentage(calls[name]()) > 1.2 * chance
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_examples_have_usage_and_a_test(path):
     text = path.read_text(encoding="utf-8")
