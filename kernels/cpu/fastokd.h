@@ -61,7 +61,7 @@ FASTOKD_API int64_t fastokd_plan_num_stats(const fastokd_plan *plan);
 
 /* tensors: M logits [B, C] of one dtype, S weights [B, K], X externals [B, C], then the target: int64 [B] or [B, C].
  * The compute type is double for float64 logits, else float. term_weights [B, T] are of that type, with a row stride of 0
- * if all rows share them; otherwise a term whose weight is 0 adds 0, even if its value is not finite. rows [B],
+ * if all rows share them; otherwise a term whose weight is 0 adds 0, even if its value is non-finite. rows [B],
  * terms [T, B] and stats [num_stats, B] are contiguous and of that type. A label out of range gives NaN in its row. */
 FASTOKD_API int32_t fastokd_forward(const fastokd_plan *plan, int64_t batch, int64_t classes, const fastokd_tensor *tensors,
                                     const fastokd_tensor *term_weights, void *rows, void *terms, void *stats,
