@@ -55,8 +55,8 @@ budgets-triton-3.6:
 ptx: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m grid tests/test_ptx.py
 
-# Run the combinations that `make test` omits, apart from the kernels: every method on every network, and every method's
-# compiled step on the pretend CUDA device.
+# Run the combinations that `make test` omits, apart from compiled kernels: every method on every network, every method's
+# compiled step on the pretend CUDA device, and every kernel with every shape, target and dtype in Triton's interpreter.
 grid: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m grid tests --ignore=tests/test_ptx.py --ignore=tests/test_triton_budget.py
 

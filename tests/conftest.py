@@ -28,13 +28,22 @@ def sample_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_runs(tmp_path_factory.mktemp("sample") / "runs")
 
 
-LONGEST = ("test_triton_interpreter.py", "test_executors.py")
-"""Files with a test that takes a minute."""
+LONGEST = (
+    "test_capture_rules.py",
+    "test_triton_interpreter.py",
+    "test_compile.py",
+    "test_export.py",
+    "test_docs.py",
+    "test_executors.py",
+    "test_kernel_counts.py",
+)
+"""Files that take half a minute or more of a process; the longest first."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest tests first, so that none is left for one process at the end."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    """Run the longest files first, so that none is left for one process at the end."""
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")

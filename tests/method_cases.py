@@ -294,7 +294,7 @@ def check(name: str, impls: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    triton_state.patch_language_once()
+    triton_state.speed_up_interpreter()
     for case_name in FOR_TRITON:
         check(case_name, ["triton"])
     print(len(FOR_TRITON))

@@ -1,5 +1,9 @@
 """The captured training step on the pretend CUDA device: no method breaks a rule of stream capture,
 waits for the device, or takes more memory from step to step.
+
+The eager steps of ``make test`` are those of every method on separate streams, and on one stream
+those that differ from it by more than the order of the same kernels. They run in one process, as
+starting another one takes longer than most of them.
 """
 
 import json
@@ -36,13 +40,33 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "views": {"method": "kdcl", "method_options": {"icl": True}},
 }
 CASES = {**METHODS, **OPTIONS}
+ON_ONE_STREAM = ("ahbf", "ffsd", "tsb on the host", *OPTIONS)
+"""Cases whose eager step ``make test`` captures on one stream too: branches and mixtures, an own
+forward, copies from the host, and every option.
+"""
 STREAMS = pytest.mark.parametrize("streams", [True, False], ids=["streams", "one stream"])
+LATE = {"method": "ahbf", "branches": 3, "aux_blocks": 1, "compile": False}
+FAILING = {"method": "ahbf", "compile": False}
 
 
-def run(function: str, cases: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Results of a function of ``pretend_cuda/steps.py``."""
-    calls = [(function, fields) for fields in cases]
-    return pretend_cuda.run(pretend_cuda.FOLDER / "steps.py", json.dumps(calls), timeout=850)
+def run(calls: Iterable[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Results of functions of ``pretend_cuda/steps.py`` with fields of a configuration."""
+    program = pretend_cuda.FOLDER / "steps.py"
+    return pretend_cuda.run(program, json.dumps(list(calls)), timeout=850)
+
+
+@pytest.fixture(scope="module")
+def eager() -> dict[tuple[str, bool], dict[str, Any]]:
+    """Results of all eager steps: by case, "late" or "failing", and with or without streams."""
+    calls = {
+        (name, streams): ("capture", settings(name, streams, compile=False))
+        for streams in (True, False)
+        for name in (CASES if streams else ON_ONE_STREAM)
+    }
+    calls["late", True] = ("teach_late", LATE)
+    for streams in (True, False):
+        calls["failing", streams] = ("fail_to_capture", {**FAILING, "streams": streams})
+    return dict(zip(calls, run(calls.values()), strict=True))
 
 
 def faults(result: Mapping[str, Any], num_streams: int) -> dict[str, Any]:
@@ -77,10 +101,21 @@ def test_capture_cases_cover_every_method() -> None:
 
 
 @STREAMS
-def test_eager_steps_follow_capture_rules(streams: bool) -> None:
-    results = run("capture", [settings(name, streams, compile=False) for name in CASES])
+def test_eager_steps_follow_capture_rules(
+    eager: dict[tuple[str, bool], dict[str, Any]], streams: bool
+) -> None:
     found = {
-        name: faults(result, num_streams(name, streams))
+        name: faults(eager[name, streams], num_streams(name, streams))
+        for name in (CASES if streams else ON_ONE_STREAM)
+    }
+    assert {name: each for name, each in found.items() if each} == {}
+
+
+@pytest.mark.grid
+def test_every_eager_step_on_one_stream_follows_rules() -> None:
+    results = run(("capture", settings(name, False, compile=False)) for name in CASES)
+    found = {
+        name: faults(result, num_streams(name, False))
         for name, result in zip(CASES, results, strict=True)
     }
     assert {name: each for name, each in found.items() if each} == {}
@@ -88,7 +123,7 @@ def test_eager_steps_follow_capture_rules(streams: bool) -> None:
 
 def test_compiled_step_is_captured() -> None:
     fields = {"method": "ahbf", "branches": 2, "aux_blocks": 1, "compile": True}
-    (result,) = run("capture", [fields])
+    (result,) = run([("capture", fields)])
     assert "compiled" in result["options"]
     assert faults(result, 2) == {}
 
@@ -97,13 +132,14 @@ def test_compiled_step_is_captured() -> None:
 @STREAMS
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_steps_follow_capture_rules(name: str, streams: bool) -> None:
-    (result,) = run("capture", [settings(name, streams, compile=True)])
+    (result,) = run([("capture", settings(name, streams, compile=True))])
     assert faults(result, num_streams(name, streams)) == {}
 
 
-def test_step_is_captured_again_when_teaching_starts() -> None:
-    fields = {"method": "ahbf", "branches": 3, "aux_blocks": 1, "compile": False}
-    (result,) = run("teach_late", [fields])
+def test_step_is_captured_again_when_teaching_starts(
+    eager: dict[tuple[str, bool], dict[str, Any]],
+) -> None:
+    result = eager["late", True]
     assert faults(result["alone"], 1) == {}
     assert "separate streams" not in result["alone"]["options"]
     assert faults(result["taught"], 3) == {}
@@ -112,9 +148,10 @@ def test_step_is_captured_again_when_teaching_starts() -> None:
 
 
 @STREAMS
-def test_failed_capture_leaves_no_memory_behind(streams: bool) -> None:
-    fields = {"method": "ahbf", "streams": streams, "compile": False}
-    (result,) = run("fail_to_capture", [fields])
+def test_failed_capture_leaves_no_memory_behind(
+    eager: dict[tuple[str, bool], dict[str, Any]], streams: bool
+) -> None:
+    result = eager["failing", streams]
     assert result["violations"] == ["captured stream: cudaStreamSynchronize"]
     assert result["reason"]
     assert "one CUDA graph" not in result["options"]

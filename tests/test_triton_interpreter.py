@@ -16,7 +16,8 @@ REASON = triton_state.interpreter_unavailable()
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
-def test_numerics_in_interpreter_pass() -> None:
+@pytest.mark.parametrize("cases", ["not grid", pytest.param("grid", marks=pytest.mark.grid)])
+def test_numerics_in_interpreter_pass(cases: str) -> None:
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
@@ -33,6 +34,8 @@ def test_numerics_in_interpreter_pass() -> None:
         "-x",
         "-p",
         "no:cacheprovider",
+        "-m",
+        cases,
         str(HERE / "triton_numerics.py"),
     ]
     done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)

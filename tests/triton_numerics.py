@@ -3,16 +3,28 @@ and rows that are split among programs.
 
 Not collected by itself: ``test_triton_interpreter.py`` runs it in a separate process, because the
 interpreter must be chosen before Triton is first imported.
+
+``make test`` has every check of the contract, every graph in each kind of kernel, both kinds of
+target and every dtype, but not each combination of these; the grid has them all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 
 import numpy as np
 import pytest
 import torch
 import triton_state
 import worked_values  # noqa: F401  # registers its checks
-from executor_contract import CHECKS, EXTREME, GRAPHS, Subject, evaluated, names, same_bits
+from executor_contract import (
+    CHECKS,
+    EXTREME,
+    GRAPHS,
+    ONLY_IN_GRID,
+    Subject,
+    evaluated,
+    names,
+    same_bits,
+)
 from graph_catalog import make_inputs
 from oracles import methods as oracle
 
@@ -28,13 +40,19 @@ from tests.triton_graphs import GRAPHS as TRITON_GRAPHS
 
 torch.set_num_threads(1)
 assert INTERPRETED, "set TRITON_INTERPRET=1 before Python starts"
-triton_state.patch_language_once()
+triton_state.speed_up_interpreter()
 TRITON = Subject("triton", "cpu")
 
 
-@pytest.mark.parametrize("name", names("triton"))
+@pytest.mark.parametrize("name", [name for name in names("triton") if name not in ONLY_IN_GRID])
 def test_interpreter_keeps_contract(name: str) -> None:
     CHECKS[name]("triton", "cpu")
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("name", names("triton"))
+def test_interpreter_keeps_contract_in_every_case(name: str) -> None:
+    CHECKS[name]("triton", "cpu", True)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +148,30 @@ def split(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     )
 
 
-@pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
-@pytest.mark.parametrize("name", TRITON_GRAPHS)
+def graphs_and_targets(
+    graphs: Iterable[str], few: Container[tuple[str, bool]]
+) -> pytest.MarkDecorator:
+    """Each graph with labels and with soft targets; in ``make test`` the few pairs."""
+    return pytest.mark.parametrize(
+        ("name", "soft"),
+        [
+            pytest.param(
+                name,
+                soft,
+                marks=[] if (name, soft) in few else pytest.mark.grid,
+                id=f"{name}, {'soft' if soft else 'labels'}",
+            )
+            for name in graphs
+            for soft in (False, True)
+        ],
+    )
+
+
+# ``test_split_rows_of_huge_logits_match_float64`` has soft targets of further graphs.
+@graphs_and_targets(
+    TRITON_GRAPHS,
+    {*((name, False) for name in TRITON_GRAPHS), ("cross-entropy alone", True), ("memory", True)},
+)
 def test_split_rows_of_every_kind_match_float64(
     split: Callable[[int], None], name: str, soft: bool
 ) -> None:
@@ -142,15 +182,13 @@ def test_split_rows_of_every_kind_match_float64(
 @pytest.mark.parametrize(
     ("name", "batch", "classes", "splits", "soft"),
     [
-        (
-            "cascade",
-            1,
-            9001,
-            8,
-            False,
-        ),  # parts of one and of two chunks, rows not aligned for vectors
-        ("cascade, detached", 3, 12345, 4, True),
-        ("mutual", 1, 20000, 16, False),
+        # Parts of one and of two chunks, rows not aligned for vectors.
+        ("cascade", 1, 4601, 4, False),
+        pytest.param("cascade", 1, 9001, 8, False, marks=pytest.mark.grid),
+        ("cascade, detached", 2, 6173, 2, True),
+        pytest.param("cascade, detached", 3, 12345, 4, True, marks=pytest.mark.grid),
+        ("mutual", 1, 10000, 16, False),
+        pytest.param("mutual", 1, 20000, 16, False, marks=pytest.mark.grid),
         ("mixed probabilities", 1, 9000, 4, False),
         ("selection", 1, 9001, 2, True),
         ("mutual", 2, 1200, 8, False),  # more parts than chunks: some are empty
@@ -180,8 +218,7 @@ def test_split_rows_with_label_in_each_part_match(split: Callable[[int], None]) 
     TRITON.compare(inputs)
 
 
-@pytest.mark.parametrize("name", EXTREME)
-@pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
+@graphs_and_targets(EXTREME, {*((name, True) for name in EXTREME), ("cascade", False)})
 def test_split_rows_of_huge_logits_match_float64(
     split: Callable[[int], None], name: str, soft: bool
 ) -> None:
