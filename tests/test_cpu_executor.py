@@ -199,7 +199,7 @@ class TestLibrary:
     @needs_library
     def test_other_abi_version_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cpu, "ABI_VERSION", 999)
-        with pytest.raises(cpu.LibraryUnusable, match="ABI version 1, this fastokd needs 999"):
+        with pytest.raises(cpu.LibraryUnusable, match="ABI version 2, this fastokd needs 999"):
             cpu.open_library()
 
     def test_unusable_library_is_refused_with_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
