@@ -132,6 +132,7 @@ def workplace(tmp_path_factory):
                 pixels[..., 2 - shift] += 120
                 Image.fromarray(pixels.numpy()).save(folder / f"{index}.jpg")
     (root / "path/to/imagenet").symlink_to(root / "path/to/images")
+    (root / "examples").symlink_to(ROOT / "examples")
     write_cifar(root / "path/to/torchvision/files", "cifar10", count=32)
     write_cifar(root / "path/to/torchvision/files", "cifar100", count=300)
     return root

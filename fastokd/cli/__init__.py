@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 
 from fastokd.cli.commands import GROUPS, Command, find_command, option_names, options_of, overview
-from fastokd.cli.options import BadValue
+from fastokd.cli.options import BadValue, plugin_words
 from fastokd.errors import (
     EXIT_CODES,
     EXIT_INTERRUPTED,
@@ -23,6 +23,7 @@ from fastokd.errors import (
     ConfigError,
     FastOKDError,
 )
+from fastokd.plugins import load_plugins
 from fastokd.train.config import RETIRED
 from fastokd.version import __version__
 
@@ -75,6 +76,8 @@ def _run(arguments: list[str]) -> int:
     words, arguments = arguments[:depth], arguments[depth:]
     name = " ".join(["fastokd", *words])
     if isinstance(command, Command):
+        if command.plugins:
+            load_plugins(plugin_words(arguments))  # names in the other arguments may need them
         target, description = command.load(arguments), None
     else:
         target, description = overview(command), GROUPS[words[0]] if words else DESCRIPTION

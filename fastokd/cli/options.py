@@ -27,6 +27,16 @@ Settings = tyro.conf.UseAppendAction[
 ]
 
 
+def plugin_words(arguments: Sequence[str]) -> list[str]:
+    """The values of ``--plugin`` among the arguments of any command, before they are parsed."""
+    texts = []
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        name, mark, text = word.partition("=")
+        if name == "--plugin" and (mark or not following.startswith("-")):
+            texts.append(text if mark else following)
+    return texts
+
+
 class BadValue(Exception):
     """A value that an option does not take. Not a ``ValueError``: the parser would catch it."""
 
@@ -55,6 +65,19 @@ SHARED = {
     "dry_run": "Print the runs and the results so far; train nothing",
 }
 """The help of options that several commands have."""
+
+
+PLUGINS: Any = tyro.conf.UseAppendAction[
+    Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(
+            metavar="FILE.py|MODULE",
+            help=infos(TrainConfig)["plugin"].help,
+            help_behavior_hint="(may be repeated)",
+        ),
+    ]
+]
+"""The type of ``--plugin``. Its values are loaded before the arguments are parsed."""
 
 
 def parse(name: str, kind: Any, text: str) -> Any:
@@ -133,7 +156,7 @@ def with_options(target: T) -> T:
         base, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
         if marks and isinstance(marks[0], tuple):  # words that are known when the program runs
             base, marks = one_of[marks[0]], marks[1:]
-        if name == "return" or hint is Settings:
+        if name == "return" or hint is Settings or hint is PLUGINS:
             continue
         described = f" {name}: " in (target.__doc__ or "")
         if base is bool:

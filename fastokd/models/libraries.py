@@ -1,10 +1,12 @@
-"""Networks of torchvision and timm by name, such as "timm:convnext_tiny"; no downloads."""
+"""Networks by name of torchvision and timm, such as "timm:convnext_tiny", without downloads, and of
+the user's modules, such as "mypackage.nets:make_net".
+"""
 
 import difflib
 import functools
 import itertools
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from fastokd.errors import ConfigError, MissingExtra, did_you_mean, first_line
 from fastokd.models.branch_out import Split, fresh_block
 from fastokd.models.branched import Backbone
 from fastokd.models.tracing import list_split_points
+from fastokd.plugins import plugin_network
 
 T = TypeVar("T")
 
@@ -23,22 +26,25 @@ _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 
 
 def is_library_name(name: str) -> bool:
-    """True if a model's name has the form LIBRARY:NAME."""
+    """True if a model's name has the form LIBRARY:NAME or MODULE:NAME."""
     return ":" in name
 
 
 def library_network(name: str, num_classes: int) -> nn.Module:
-    """Build "torchvision:NAME" or "timm:NAME" with fresh weights, without auxiliary classifiers.
+    """Build "torchvision:NAME" or "timm:NAME" with fresh weights, without auxiliary classifiers, or
+    "MODULE:NAME", a function or class of the user's module that takes ``num_classes``.
 
     Raises:
-        ConfigError: the name is unknown, or the library cannot build the network.
+        ConfigError: the name is unknown, or the network cannot be built.
         MissingExtra: timm is not installed.
     """
     library, _, network = name.partition(":")
-    if library not in LIBRARIES:
-        hint = did_you_mean(library, LIBRARIES)
-        raise ConfigError(f"unknown library '{library}' in model '{name}'{hint}")
-    build = _torchvision(network) if library == "torchvision" else _timm(network)
+    if library == "torchvision":
+        build = _torchvision(network)
+    elif library == "timm":
+        build = _timm(network)
+    else:
+        build = _own(name)
     try:
         try:
             return build(num_classes=num_classes)
@@ -90,6 +96,25 @@ def _template(name: str, num_classes: int) -> nn.Module:
     """The network without values, if its constructor can do without them."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return library_network(name, num_classes)
+
+
+def _own(name: str) -> Callable[..., nn.Module]:
+    build: Any = plugin_network(name)
+    if build is None:
+        module = name.partition(":")[0]
+        raise ConfigError(
+            f"model '{name}': '{module}' is neither a library nor a module that can be imported"
+            f"{did_you_mean(module, LIBRARIES)}; run in the folder that holds your module, or pass"
+            " --plugin FILE.py"
+        )
+
+    def checked(num_classes: int) -> nn.Module:
+        network = build(num_classes=num_classes)
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"it returns {type(network).__name__}, not a torch.nn.Module")
+        return network
+
+    return checked
 
 
 def _torchvision(network: str) -> Callable[..., nn.Module]:

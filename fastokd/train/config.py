@@ -59,6 +59,11 @@ class TrainConfig:
         unset="for other networks, as in the paper",
         role=TRAINED,
     )
+    plugin: tuple[str, ...] = MODEL(
+        (),
+        "Python code that registers own methods, networks or datasets: FILE.py or MODULE",
+        role=EXECUTION,
+    )
     method: str = METHOD("ahbf", "Distillation method", role=TRAINED)
     preset: str = METHOD(
         "paper", "Preset of the loss options: paper or code", role=TRAINED | OF_METHOD
