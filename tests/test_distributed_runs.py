@@ -376,7 +376,7 @@ def test_launcher_forwards_an_interrupt(tmp_path):
     code, _, errors = finish(run.process)
     assert code == 130
     (said,) = complaints(errors)
-    assert said.startswith("fastokd: interrupted in epoch ")
+    assert said.startswith("fastokd: stopped by Ctrl-C; the last checkpoint has ")
     assert "Traceback" not in errors
 
 

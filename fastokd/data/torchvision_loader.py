@@ -3,6 +3,7 @@
 import functools
 import math
 import multiprocessing
+import signal
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -108,6 +109,7 @@ class TorchvisionLoader(StreamLoader):
             if options.start_method == "forkserver":  # import once, not in each worker
                 multiprocessing.set_forkserver_preload([__name__, "torchvision.transforms.v2"])
             multiple = {
+                "worker_init_fn": _ignore_interrupts,
                 "persistent_workers": True,
                 "prefetch_factor": options.prefetch,
                 "multiprocessing_context": options.start_method,
@@ -122,6 +124,11 @@ class TorchvisionLoader(StreamLoader):
             generator=torch.Generator(),  # the default one is that of the network's layers
             **multiple,
         )
+
+
+def _ignore_interrupts(_: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to workers too, to the training process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Requests:

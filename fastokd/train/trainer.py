@@ -70,7 +70,7 @@ from fastokd.train.runs import (
     resume_hint,
     run_identity,
 )
-from fastokd.train.signals import StopSignals
+from fastokd.train.signals import StopSignals, signal_name
 from fastokd.train.step import Evaluation
 from fastokd.train.teacher import check_teacher, open_teacher, with_absolute_teacher
 
@@ -271,8 +271,8 @@ class Trainer:
         """Train until ``until`` epochs are finished (None: all). Another call continues.
 
         Raises:
-            Interrupted: Ctrl-C; the last checkpoint is intact.
-            Preempted: SIGTERM or SIGUSR1; a checkpoint of the current step was written.
+            Interrupted: Ctrl-C; a checkpoint of the current step was written.
+            Preempted: the same for SIGTERM or SIGUSR1.
             NonFiniteLoss: the loss became NaN or infinite.
             StorageError: the disk refused a write.
         """
@@ -282,7 +282,7 @@ class Trainer:
         records = self.run_folder.read_metrics()
         self.reporter.start_run(self.student_name, records)
         try:
-            with self.signals:
+            with self.signals, self.signals.interrupts():
                 self.sinks = open_sinks(
                     self.config.log_to if self.ranks.is_main else (),
                     self.run_folder.path,
@@ -291,10 +291,8 @@ class Trainer:
                     self.reporter.print,
                 )
                 self._fit(self.config.epochs if until is None else min(until, self.config.epochs))
-        except KeyboardInterrupt:
-            hint = resume_hint(self.run_folder, self.config.batch_size)
-            message = f"interrupted in epoch {self.epoch + 1}; {hint}"
-            self.reporter.log(message)
+        except KeyboardInterrupt as error:  # or outside the main thread, without a message
+            self.reporter.log(message := str(error) or self._stopped())
             raise Interrupted(message) from None
         except BaseException as error:
             self.reporter.log(f"{type(error).__name__}: {first_line(error)}")
@@ -490,10 +488,12 @@ class Trainer:
         received = max(gather_states(self.signals.received))
         # The exchanges wait until the checkpoint is written: if one process exits, a launcher kills
         # the others.
-        message = f"stopped by {signal.Signals(received).name}; " if self.ranks.is_main else ""
-        raise Preempted(
-            from_main(message and message + resume_hint(self.run_folder, self.config.batch_size))
-        )
+        kind = Interrupted if received == signal.SIGINT else Preempted
+        raise kind(from_main(self._stopped(received) if self.ranks.is_main else ""))
+
+    def _stopped(self, number: int = signal.SIGINT) -> str:
+        hint = resume_hint(self.run_folder, self.config.batch_size)
+        return f"stopped by {signal_name(number)}; {hint}"
 
     def _save(self, record: dict[str, Any] | None = None, is_best: bool = False) -> None:
         """Write a checkpoint of a finished epoch with its record, or of a step within an epoch."""
