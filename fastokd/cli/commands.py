@@ -63,6 +63,7 @@ COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
     "eval": Command("runs:evaluate", "Measure the accuracy of a run or an exported student"),
     "analyze": Command("runs:analyze", "Measure how branches and teacher assistants differ"),
     "export": Command("runs:export", "Write the plain student of a run"),
+    "predict": Command("runs:predict", "Classify image files with a run or an exported student"),
     "compare": Command("reports:compare", "Compare the errors and costs of runs"),
     "plot": Command("reports:plot", "Plot the curves of runs"),
     "report": Command("reports:report", "Write an HTML page about runs"),
