@@ -14,7 +14,7 @@ from fastokd.export import load_student
 from fastokd.methods import get_method
 from fastokd.models import create_student
 from fastokd.train.config import TrainConfig
-from fastokd.train.config_files import with_origins
+from fastokd.train.config_files import completed
 from fastokd.train.run_folder import RunFolder
 
 METHOD = '''
@@ -70,9 +70,9 @@ def test_plugin_file_is_loaded_once_and_stored_absolute(tmp_path, monkeypatch):
     assert plugins.load_plugins(["plug_once.py", str(file)]) == (str(file), str(file))
     assert get_method("plug-once").name == "plug-once"
     assert (tmp_path / "imports").read_text() == "x"
-    config = with_origins(TrainConfig(method="plug-once"))
+    config = completed(TrainConfig(method="plug-once"))
     assert config.plugin == (str(file),)
-    assert with_origins(TrainConfig()).plugin == ()
+    assert completed(TrainConfig()).plugin == ()
 
 
 def test_plugin_module_is_stored_with_its_folder(tmp_path, monkeypatch):

@@ -50,13 +50,15 @@ class TrainConfig:
     )
     model: str = MODEL(
         "resnet32",
-        "Network, e.g. resnet20, torchvision:NAME or timm:NAME; peers may differ: resnet20,resnet8",
+        "Network, e.g. resnet20, torchvision:NAME, timm:NAME, or MODULE:NAME for a custom network;"
+        " peers may differ: resnet20,resnet8",
         role=TRAINED,
     )
     at: str | None = MODEL(
         None,
-        "First module that is separate for each branch (torchvision, timm networks), e.g. layer3",
-        unset="for other networks, as in the paper",
+        "First module that is separate for each branch (torchvision, timm and own networks), e.g."
+        " layer3",
+        unset="recommended; see 'fastokd models NAME'",
         role=TRAINED,
     )
     plugin: tuple[str, ...] = MODEL(

@@ -92,8 +92,15 @@ def load_plugins(config: TrainConfig, user: str = "") -> TrainConfig:
     return dataclasses.replace(config, plugin=plugins.load_plugins(config.plugin, user))
 
 
-def with_origins(config: TrainConfig) -> TrainConfig:
-    """The configuration with the plug-ins that its names come from, for other processes."""
+def completed(config: TrainConfig) -> TrainConfig:
+    """The configuration with the split point that is the default of ``at``, and the plug-ins that
+    its names come from, for other processes and versions.
+    """
+    from fastokd.models import split_point
+
+    if config.at is None:
+        at = split_point(config.model, config.method, config.num_branches(), config.topology)
+        config = dataclasses.replace(config, at=at)
     names = (*config.model_names(), config.method, config.data.partition(":")[0], config.loader)
     found = plugins.origins((*names, config.impl))
     return dataclasses.replace(config, plugin=tuple(dict.fromkeys([*config.plugin, *found])))

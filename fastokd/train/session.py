@@ -6,7 +6,7 @@ from typing import Any
 
 from fastokd.train.checkpoint import checkpoint_files
 from fastokd.train.config import TrainConfig
-from fastokd.train.config_files import with_origins
+from fastokd.train.config_files import completed
 from fastokd.train.distributed import Ranks, from_main
 from fastokd.train.initial import check_initial
 from fastokd.train.progress import Reporter
@@ -41,7 +41,7 @@ def begin_run(
         StorageError: the folder cannot be created or written.
     """
     check_config(config)
-    config = with_origins(config)
+    config = completed(config)
     default = Path("runs") / name if resume else default_run_path(name)
     folder = from_main(default if out is None else Path(out))
     if resume and from_main(bool(checkpoint_files(RunFolder(folder).checkpoints))):
@@ -81,7 +81,7 @@ def resume_run(
         run.lock()
     config = dataclasses.replace(run.load_config(), **changes)
     check_config(config)  # before a large checkpoint is read
-    config = with_origins(config)
+    config = completed(config)
     state, _ = newest_checkpoint(run, reporter.print)
     trainer = Trainer(config, run, reporter, saved_data=state["data"], signals=signals)
     trainer.resume(state, allow_config_change)
