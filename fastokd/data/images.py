@@ -34,6 +34,13 @@ def default_workers() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
+def workers_per_process() -> int:
+    """The threads of ``default_workers`` for each process of a run on this machine, at least 1.
+    Launchers set the number of processes.
+    """
+    return max(1, default_workers() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def check_memory(count: int, height: int, width: int, where: object) -> None:
     """Raise ``DataError`` if ``count`` RGB images need more than half of the free memory."""
     available = available_memory()

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastokd.data import stream
 from fastokd.data.files import FileSplit, replacement_index
-from fastokd.data.images import decode, default_workers, reason_of
+from fastokd.data.images import decode, reason_of, workers_per_process
 from fastokd.data.loader import LoaderKind
 from fastokd.data.policies import POLICIES
 from fastokd.data.random_crop import window
@@ -103,7 +103,7 @@ class TorchvisionLoader(StreamLoader):
 
     def _start(self) -> DataLoader[Any]:
         options = self.options
-        workers = default_workers() if options.workers is None else options.workers
+        workers = workers_per_process() if options.workers is None else options.workers
         multiple: dict[str, Any] = {}
         if workers:
             if options.start_method == "forkserver":  # import once, not in each worker

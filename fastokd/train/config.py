@@ -109,7 +109,13 @@ class TrainConfig:
         {}, "Options of the method, e.g. temperature=4 lambda_ta=2", role=TRAINED | OF_METHOD
     )
     epochs: int = OPTIMIZATION(300, "Passes over the training images", ge=1, role=Role.RESUME)
-    batch_size: int = OPTIMIZATION(128, "Images per step over all processes", ge=2, role=SPEED)
+    batch_size: int = OPTIMIZATION(
+        128,
+        "Images per step over all processes; for small data 'fastokd train' uses fewer and a lower"
+        " --lr, unless one of them is given",
+        ge=2,
+        role=SPEED,
+    )
     device_batch: int | None = OPTIMIZATION(
         None,
         "Images per forward pass of a process; gradients are accumulated over the batch",

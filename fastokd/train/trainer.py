@@ -17,6 +17,7 @@ from fastokd.data.dataset import split_off
 from fastokd.errors import Preempted, first_line, summarize
 from fastokd.export import student_record, write_student
 from fastokd.storage import write_json
+from fastokd.train.batches import BatchChoice, choose_batch, describe_batches
 from fastokd.train.build import is_before_teaching
 from fastokd.train.cadence import Cadence, Due
 from fastokd.train.checkpoint import (
@@ -56,7 +57,7 @@ from fastokd.train.guard import NonFinite
 from fastokd.train.initial import normalization_of, read_initial, with_absolute_weights
 from fastokd.train.late_teaching import build_step, check_late_teaching, check_same_phase
 from fastokd.train.logs import MetricSink, check_sinks, open_sinks
-from fastokd.train.memory import describe_memory, fit_batch_size, is_out_of_memory, out_of_memory
+from fastokd.train.memory import describe_memory, is_out_of_memory, out_of_memory
 from fastokd.train.outcome import Interrupted, NonFiniteLoss, RunIsFinished, Summary
 from fastokd.train.progress import EpochProgress, Reporter, Throughput
 from fastokd.train.randomness import be_deterministic, random_state, set_random_state
@@ -91,8 +92,7 @@ class Trainer:
         dataset: the run's dataset; None to open it.
         saved_data: ``data_record`` from the checkpoint of a resumed run; None for a new run.
         signals: signal handlers that are already installed; None to install new ones in ``run``.
-        largest_batch: choose the largest batch size that fits the memory, up to this (see
-            ``fit_batch_size``); None for the batch size of the configuration.
+        batch_choice: how to choose the batch size; None for that of the configuration.
 
     Attributes:
         epoch, done: finished epochs, and finished steps of the current epoch.
@@ -109,7 +109,7 @@ class Trainer:
         dataset: AnyDataset | None = None,
         saved_data: Mapping[str, Any] | None = None,
         signals: StopSignals | None = None,
-        largest_batch: int | None = None,
+        batch_choice: BatchChoice = None,
     ) -> None:
         check_config(config)
         check_sinks(config.log_to)
@@ -117,7 +117,7 @@ class Trainer:
         config = with_absolute_weights(with_absolute_teacher(config))
         self.run_folder, self.reporter, self._saved_data = run, reporter, saved_data
         self.ranks = Ranks.current()
-        if largest_batch is None:
+        if batch_choice is None:
             share_of_batch(config, self.ranks)  # raises errors before images are read
         if self.ranks.is_main:
             reporter.attach_log(run.log_path)
@@ -129,9 +129,8 @@ class Trainer:
                 dataset = open_data(config, self.device, saved_data, reporter.decoding)
         self.dataset = prepared(config, dataset, saved_data, normalization_of(config, initial))
         self.teacher = teacher = open_teacher(config, self.dataset, self.device)
-        if largest_batch is not None:
-            size, reason = fit_batch_size(config, self.dataset, self.device, teacher, largest_batch)
-            config = dataclasses.replace(config, batch_size=size)
+        config, reason = choose_batch(config, self.dataset, self.device, teacher, batch_choice)
+        if reason:
             reporter.info(reason)
         self.config = config
         if config.teach_epoch():
@@ -584,7 +583,8 @@ class Trainer:
         info(describe_data(data))
         info(explain_loader(config, data, self.device, self._saved_data))
         info(f"step: {step.options.describe()}; {step.share.describe()}")
-        for note in step.notes:
+        batches = describe_batches(config, self._num_trained, len(self.train_loader), step.share)
+        for note in (*batches, *step.notes):
             info(note)
         if self.reporter.shows_info:  # the estimate takes a second
             for line in describe_memory(config, data, self.device, self.teacher):
