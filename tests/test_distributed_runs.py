@@ -4,16 +4,21 @@ continued without a trace.
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import rank_runs
 import torch
-from launching import finish, free_port, start, start_ranks
+from launching import ROOT, finish, free_port, start, start_ranks
+from PIL import Image
 
+from fastokd.data.dali import missing_dali
 from fastokd.errors import EXIT_PREEMPTED
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.run_folder import RunFolder
