@@ -131,7 +131,7 @@ def test_branch_torchvision(tmp_path):
 
 
 def test_branch_timm():
-    timm = pytest.importorskip("timm", reason="needs pip install 'fastokd[timm]'")
+    timm = pytest.importorskip("timm", reason="needs pip install -e '.[timm]'")
     output = run_here(
         "branch_timm.py", "--model", "resnet10t", "--at", "layer3", "--branches", 2, "--epochs", 2
     )
@@ -145,7 +145,7 @@ def test_branch_timm():
 
 @pytest.mark.parametrize("weights", [False, True])
 def test_branch_timm_normalises_as_the_weights_were_trained(weights, monkeypatch, tmp_path):
-    timm = pytest.importorskip("timm", reason="needs pip install 'fastokd[timm]'")
+    timm = pytest.importorskip("timm", reason="needs pip install -e '.[timm]'")
     model = "vit_tiny_patch16_224"  # 0.5 for all, neither the digits' values nor ImageNet's
     opened = {}
 
@@ -198,7 +198,7 @@ def test_multi_gpu_with_two_processes(tmp_path):
 
 
 def test_imagenet_dali(pictures):
-    pytest.importorskip("nvidia.dali", reason="needs pip install 'fastokd[dali]'")
+    pytest.importorskip("nvidia.dali", reason="needs pip install -e '.[dali]'")
     output = run(
         "imagenet_dali.py",
         "--data",
@@ -221,7 +221,7 @@ def test_imagenet_dali(pictures):
 
 
 def test_export_onnx(pictures, tmp_path):
-    pytest.importorskip("onnxruntime", reason="needs pip install 'fastokd[export]'")
+    pytest.importorskip("onnxruntime", reason="needs pip install -e '.[export]'")
     folder = tmp_path / "run"
     assert (
         main(
@@ -257,7 +257,7 @@ def test_export_onnx(pictures, tmp_path):
 
 @pytest.mark.parametrize("shorter", [{}, {"shorter_side": 32}])
 def test_export_onnx_example_reads_early_record(shorter, pictures):
-    pytest.importorskip("onnxruntime", reason="needs pip install 'fastokd[export]'")
+    pytest.importorskip("onnxruntime", reason="needs pip install -e '.[export]'")
     given = []
     session = SimpleNamespace(
         run=lambda _, feeds: (given.append(feeds["images"]) or np.array([[0.0, 3.0]]),)

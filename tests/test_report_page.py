@@ -21,7 +21,7 @@ from fastokd.experiments.analysis.runs import read_run
 from fastokd.experiments.analysis.verdict import verdicts
 from fastokd.train.config import TrainConfig
 
-pytest.importorskip("matplotlib", reason="pip install 'fastokd[plots]'")
+pytest.importorskip("matplotlib", reason="pip install -e '.[plots]'")
 
 VOID = {"meta", "img", "br", "hr"}
 
@@ -364,5 +364,5 @@ def test_invalid_arguments_are_one_line_and_write_no_page(
     assert report([sample_runs / "ahbf-seed0"], tmp_path / "report.html") == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.startswith("fastokd: ") for line in lines] == [True] * 3
-    assert lines[2] == "fastokd: drawing needs matplotlib: pip install 'fastokd[plots]'"
+    assert lines[2] == "fastokd: drawing needs matplotlib: pip install -e '.[plots]'"
     assert not (tmp_path / "report.html").exists()

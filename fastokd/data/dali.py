@@ -86,7 +86,7 @@ def missing_dali(device: torch.device | None = None) -> str | None:
     try:
         import nvidia.dali  # noqa: F401
     except ImportError as error:
-        fix = "pip install 'fastokd[dali]', or use --loader torchvision"
+        fix = "pip install -e '.[dali]', or use --loader torchvision"
         return f"DALI cannot be imported ({first_line(error)}): {fix}"
     return None
 

@@ -17,7 +17,7 @@ from fastokd.export.record import KEY
 OPSET = 18
 """The exporter writes it without conversion, and runtimes since 2023 read it."""
 
-_MISSING = "the onnx format needs onnx, onnxscript and onnxruntime: pip install 'fastokd[export]'"
+_MISSING = "the onnx format needs onnx, onnxscript and onnxruntime: pip install -e '.[export]'"
 
 
 def _describe(architecture: Mapping[str, Any]) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def _describe_timm(architecture: Mapping[str, Any]) -> dict[str, Any]:
     try:
         import timm
     except ImportError:
-        raise MissingExtra("the timm format needs timm: pip install 'fastokd[timm]'") from None
+        raise MissingExtra("the timm format needs timm: pip install -e '.[timm]'") from None
     if not timm.is_model(name):  # for example a name that it would download
         fix = "install a version that has it, or use --to safetensors"
         raise ConfigError(f"timm {timm.__version__} has no model '{name}'; {fix}")

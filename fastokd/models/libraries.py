@@ -168,7 +168,7 @@ def _timm(network: str) -> Callable[..., nn.Module]:
     try:
         import timm
     except ImportError:
-        fix = "which is not installed: pip install 'fastokd[timm]'"
+        fix = "which is not installed: pip install -e '.[timm]'"
         raise MissingExtra(f"timm:{network} needs timm, {fix}") from None
     if not timm.is_model(network):
         names = timm.list_models()
