@@ -29,7 +29,7 @@ from fastokd.train.config import TrainConfig
 from fastokd.train.runner import StepRunner
 from fastokd.train.step import TrainStep
 
-pytest.importorskip("pytest_benchmark", reason="pip install 'fastokd[bench]'")
+pytest.importorskip("pytest_benchmark", reason="pip install -e '.[bench]'")
 
 SMALL = os.environ.get("FASTOKD_BENCH_SMALL")
 LARGE = os.environ.get("FASTOKD_BENCH_LARGE_PICTURES")

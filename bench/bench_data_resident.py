@@ -22,7 +22,7 @@ from fastokd.models import create_model
 from fastokd.train.config import TrainConfig
 from fastokd.train.step import TrainStep
 
-pytest.importorskip("pytest_benchmark", reason="pip install 'fastokd[bench]'")
+pytest.importorskip("pytest_benchmark", reason="pip install -e '.[bench]'")
 
 BATCH = 8 if SMOKE else 128
 SETS = (

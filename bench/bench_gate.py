@@ -17,7 +17,7 @@ from bench.suite import DEVICE, SMOKE, compiled, measure, synchronize
 from fastokd.methods import get_method
 from fastokd.methods.modules import BranchPass, BranchSpec
 
-pytest.importorskip("pytest_benchmark", reason="pip install 'fastokd[bench]'")
+pytest.importorskip("pytest_benchmark", reason="pip install -e '.[bench]'")
 
 BATCH, CLASSES = (4 if SMOKE else 128), 100
 CHANNELS, SIDE = 64, 8

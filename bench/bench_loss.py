@@ -23,7 +23,7 @@ from fastokd.losses import AHBFLoss, GraphLoss
 from fastokd.methods import get_method, list_methods
 from fastokd.ops.executors import executor_states
 
-pytest.importorskip("pytest_benchmark", reason="pip install 'fastokd[bench]'")
+pytest.importorskip("pytest_benchmark", reason="pip install -e '.[bench]'")
 
 BRANCHES = 4
 LARGE = 4_000_000

@@ -17,7 +17,7 @@ import pytest
 
 from bench.suite import rounds
 
-pytest.importorskip("pytest_benchmark", reason="pip install 'fastokd[bench]'")
+pytest.importorskip("pytest_benchmark", reason="pip install -e '.[bench]'")
 
 ROOT = Path(__file__).resolve().parent.parent
 _LOGITS = (

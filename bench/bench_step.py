@@ -20,7 +20,7 @@ from fastokd.experiments.step_benchmark import EngineStep, first_row, optimizati
 from fastokd.experiments.step_images import synthetic_images
 from fastokd.train.config import TrainConfig
 
-pytest.importorskip("pytest_benchmark", reason="pip install 'fastokd[bench]'")
+pytest.importorskip("pytest_benchmark", reason="pip install -e '.[bench]'")
 
 CONFIG = TrainConfig(
     model="resnet8" if SMOKE else "resnet20",

@@ -9,7 +9,7 @@ With random weights, on the digits that come with fastokd::
 
     python examples/branch_timm.py
 
-Needs ``pip install 'fastokd[timm]'``. ``--weights`` is a safetensors file with timm's weights for
+Needs ``pip install -e '.[timm]'``. ``--weights`` is a safetensors file with timm's weights for
 the network; nothing is downloaded. With ``--weights``, images are normalized as in the network's
 training; set ``--image-size`` to the size used there.
 """

@@ -3,7 +3,7 @@
     fastokd train --data path/to/images --model resnet20 --epochs 10 --out runs/pets
     python examples/export_onnx.py runs/pets image.jpg another.jpg
 
-Needs ``pip install 'fastokd[export]'``. In deployment, only ``classify`` is needed, with
+Needs ``pip install -e '.[export]'``. In deployment, only ``classify`` is needed, with
 onnxruntime, NumPy and Pillow.
 """
 

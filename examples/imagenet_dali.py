@@ -6,7 +6,7 @@ The second command is small enough for a CPU::
     python examples/imagenet_dali.py --data path/to/images --model resnet8 --image-size 32 \
         --batch-size 8 --steps 3
 
-Needs ``pip install 'fastokd[dali]'``. The folder has ``train/SYNSET/`` and ``val/``;
+Needs ``pip install -e '.[dali]'``. The folder has ``train/SYNSET/`` and ``val/``;
 ``val/`` has a label file or class folders. For complete training runs use ``fastokd train --loader
 dali``.
 """

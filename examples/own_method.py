@@ -1,10 +1,9 @@
-"""Add a custom method to the trainer: every branch learns from the mean of all logits.
+"""Add a custom method as a plug-in: every branch learns from the mean of all logits.
 
-python examples/own_method.py train --data path/to/images --method consensus --epochs 10
-python examples/own_method.py show consensus
+fastokd show consensus --plugin examples/own_method.py
+fastokd train --data path/to/images --method consensus --plugin examples/own_method.py --epochs 10
 """
 
-from fastokd.cli import main
 from fastokd.graph import KL, CrossEntropy, Graph, Logits, Mixture
 from fastokd.losses import MethodLoss
 from fastokd.methods import Method, register_method
@@ -37,7 +36,4 @@ METHOD = Method(
     branch_range=(2, 8),
     default_branches=3,
 )
-
-if __name__ == "__main__":
-    register_method("consensus", __name__)
-    raise SystemExit(main())
+register_method("consensus", __name__)

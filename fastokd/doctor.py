@@ -136,7 +136,7 @@ def _extra(name: str) -> Finding:
         installed = False
     if installed:
         return Finding(f"extra {name}", "ok", "installed")
-    return Finding(f"extra {name}", "absent", f"pip install 'fastokd[{name}]'")
+    return Finding(f"extra {name}", "absent", f"pip install -e '.[{name}]'")
 
 
 def _storage(folder: Path) -> Finding:

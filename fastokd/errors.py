@@ -26,7 +26,7 @@ EXIT_CODES = {
     EXIT_IO: "a file cannot be written: disk full, read-only, no permission",
     EXIT_PEER: "another process of the run ended",
     EXIT_PREEMPTED: "stopped by SIGTERM or SIGUSR1 after saving a checkpoint; resume the run",
-    EXIT_INTERRUPTED: "interrupted with Ctrl-C",
+    EXIT_INTERRUPTED: "interrupted with Ctrl-C; a run saves a checkpoint first",
     EXIT_PIPE: "the reader of the output ended, e.g. head",
 }
 

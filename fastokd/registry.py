@@ -4,13 +4,15 @@ import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
 
+from fastokd import plugins
 from fastokd.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Objects by name. A module is imported when its object is first requested.
+    """Objects by name. A module is imported when its object is first requested. Installed plug-ins
+    are loaded when a name is unknown or the names are listed.
 
     Args:
         kind: the noun for messages, e.g. "method".
@@ -30,6 +32,7 @@ class Registry(Generic[T]):
     def register(self, name: str, target: str) -> None:
         """Add or replace the object of a name, at "package.module" or "package.module:CONSTANT"."""
         self.targets[name] = target
+        plugins.note_registration(name, target.partition(":")[0])
 
     def get(self, name: str) -> T:
         """The object of a name; a ``ConfigError`` suggests the closest one for an unknown name."""
@@ -39,13 +42,16 @@ class Registry(Generic[T]):
         return value
 
     def check(self, name: str) -> None:
-        """Raise the ``ConfigError`` of ``get`` for an unknown name, without importing anything."""
-        if name not in self.targets:
+        """Raise the ``ConfigError`` of ``get`` for an unknown name; its object is not imported."""
+        if name not in self:
             hint = did_you_mean(name, [*self.targets, *self._reserved])
-            raise ConfigError(f"unknown {self.kind} '{name}'{hint}")
+            raise ConfigError(f"unknown {self.kind} '{name}'{hint}{plugins.hint()}")
 
     def __contains__(self, name: object) -> bool:
+        if name not in self.targets:
+            plugins.load_installed()
         return name in self.targets
 
     def __iter__(self) -> Iterator[str]:
+        plugins.load_installed()
         return iter(self.targets)

@@ -38,7 +38,7 @@ def write_split(root: Path, count: int, name: str = "train", classes: int = 3) -
 
 
 def dali(*args, options=None, **settings):
-    pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
+    pytest.importorskip("nvidia.dali", reason="pip install -e '.[dali]'")
     from fastokd.data.dali import DaliLoader, DaliOptions
 
     return DaliLoader(
@@ -50,7 +50,7 @@ def dali(*args, options=None, **settings):
 
 def dali_alone(*args, **settings):
     """DALI as it works beside a GPU: it scales the pictures too."""
-    pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
+    pytest.importorskip("nvidia.dali", reason="pip install -e '.[dali]'")
     from fastokd.data.dali import DaliOptions
 
     return dali(*args, **settings, options=DaliOptions(threads=1, resize="dali"))

@@ -511,12 +511,12 @@ def test_missing_scikit_learn_omits_tsne_and_names_extra(ahbf, analyze, monkeypa
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     code, out, _ = analyze(ahbf, "--out", tmp_path / "a", "--device", "cpu")
     assert code == 0
-    assert "no figure tsne: t-SNE needs scikit-learn: pip install 'fastokd[plots]'" in out
+    assert "no figure tsne: t-SNE needs scikit-learn: pip install -e '.[plots]'" in out
     assert (tmp_path / "a" / "agreement.png").exists()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, out, _ = analyze(ahbf, "--out", tmp_path / "b", "--device", "cpu")
     assert code == 0
-    assert "note: no figures: drawing needs matplotlib: pip install 'fastokd[plots]'" in out
+    assert "note: no figures: drawing needs matplotlib: pip install -e '.[plots]'" in out
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["analysis.json"]
 
 

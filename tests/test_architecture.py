@@ -18,6 +18,7 @@ PACKAGE = ROOT / "fastokd"
 PUBLIC_LOSSES = "fastokd.losses"
 ORDER = [
     {"version", "errors", "_moved"},
+    {"plugins"},
     {"limits", "metrics", "registry", "ranks", "storage"},
     {"graph"},
     {"kernels", "_native"},

@@ -24,7 +24,7 @@ from bench.suite_tables import (
 )
 from fastokd.methods import list_methods
 
-pytest.importorskip("pytest_benchmark", reason="pip install 'fastokd[bench]'")
+pytest.importorskip("pytest_benchmark", reason="pip install -e '.[bench]'")
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = sorted(path.name for path in (ROOT / "bench").glob("bench_*.py"))

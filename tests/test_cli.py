@@ -17,6 +17,7 @@ from PIL import Image
 
 from fastokd.cli import main
 from fastokd.experiments.recipes import get_recipe
+from fastokd.methods import get_method, list_methods
 from fastokd.train.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -635,6 +636,33 @@ def test_closed_output_ends_quietly(command, tmp_path):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("models", "[NAME]"),
+        ("recipes", "[NAME]"),
+        ("reproduce", "[TABLE]"),
+        ("compare", "[RUNS ...]"),
+        ("predict", "PATH [IMAGES ...]"),
+        ("show", "METHOD"),
+        ("eval", "PATH"),
+    ],
+)
+def test_help_shows_optional_positionals_in_brackets(run, command, usage):
+    first = run(command, "--help")[1].splitlines()[0]
+    assert first.removesuffix(" [--plugin FILE.py|MODULE]").endswith(f" {usage}")
+
+
+def test_tables_keep_their_width_when_piped(run, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    rows = run("methods")[1].splitlines()
+    for name in list_methods():
+        (row,) = [row for row in rows if row.startswith(f"{name} ")]
+        assert row.rstrip().endswith(get_method(name).summary)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, run("methods")[1].splitlines()[:-1])) <= 80
+
+
 def test_help_shows_the_defaults_of_the_recipe(run):
     text = " ".join(run("train", "--recipe", "cifar10-resnet32-ahbf", "--help")[1].split())
     assert "(default: 0.0005)" in text
@@ -700,15 +728,13 @@ def test_ctrl_c_keeps_checkpoint_and_prints_resume_command(tmp_path, run):
     assert process.returncode == 130
     assert "Traceback" not in err
     said = re.search(
-        r"fastokd: interrupted in epoch (\d+); the last checkpoint has (\d+) finished epochs;"
-        r" continue with 'fastokd train --resume ",
+        r"fastokd: stopped by Ctrl-C; the last checkpoint has (\d+) finished epochs"
+        r" and \d+ steps of the next; continue with 'fastokd train --resume ",
         err,
     )
     assert said, err
     state = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
-    assert state["epoch"] >= int(
-        said[2]
-    )  # the checkpoint may have been written just before it could be noted
+    assert state["epoch"] == int(said[1])
     assert run("eval", tmp_path / "run")[0] == 0
 
 

@@ -219,9 +219,8 @@ def test_missing_paired_test_reports_reason(runs, capsys, monkeypatch):
     give_errors(runs, "baseline", {1: 6.5})
     assert "No p" not in said(capsys, *taught, *alone)
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
-    assert (
-        "No p at equal epochs for resnet8 ahbf: needs scipy: pip install 'fastokd[plots]'."
-        in said(capsys, *taught, *alone)
+    assert "No p at equal epochs for resnet8 ahbf: needs scipy: pip install -e '.[plots]'." in said(
+        capsys, *taught, *alone
     )
 
 

@@ -18,7 +18,7 @@ def split(tmp_path_factory):
 
 
 def on_gpu(split, batch_size, train, options=None, **settings):
-    pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
+    pytest.importorskip("nvidia.dali", reason="pip install -e '.[dali]'")
     from fastokd.data.dali import DaliLoader
 
     return DaliLoader(

@@ -113,7 +113,7 @@ def tree(tmp_path_factory):
 )
 def test_loaders_yield_each_image_once_with_its_class(tree, name, options, world_size):
     if name == "dali":
-        pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
+        pytest.importorskip("nvidia.dali", reason="pip install -e '.[dali]'")
     dataset = (open_dataset if name == "resident" else list_files)(tree, image_size=16)
     for split in dataset.splits:
         seen = Counter()

@@ -230,7 +230,7 @@ def test_dali_options_out_of_range_are_refused(options, said):
 
 
 def test_gpu_decoding_with_cpu_step_is_refused(tmp_path):
-    pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
+    pytest.importorskip("nvidia.dali", reason="pip install -e '.[dali]'")
     from fastokd.data.dali import DaliOptions
 
     with pytest.raises(ConfigError, match="use decoder=cpu"):

@@ -9,8 +9,8 @@ import pytest
 
 from fastokd.cli import main
 
-pytest.importorskip("matplotlib", reason="pip install 'fastokd[plots]'")
-stats = pytest.importorskip("scipy.stats", reason="pip install 'fastokd[plots]'")
+pytest.importorskip("matplotlib", reason="pip install -e '.[plots]'")
+stats = pytest.importorskip("scipy.stats", reason="pip install -e '.[plots]'")
 
 
 @pytest.fixture(scope="module")
@@ -58,5 +58,5 @@ def test_table_is_the_mean_and_deviation_of_the_last_epochs(demo, capsys):
 def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["demo", "--out", str(tmp_path / "out")]) == 2
-    assert "drawing needs matplotlib: pip install 'fastokd[plots]'" in capsys.readouterr().err
+    assert "drawing needs matplotlib: pip install -e '.[plots]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -4,16 +4,21 @@ continued without a trace.
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import rank_runs
 import torch
-from launching import finish, free_port, start, start_ranks
+from launching import ROOT, finish, free_port, start, start_ranks
+from PIL import Image
 
+from fastokd.data.dali import missing_dali
 from fastokd.errors import EXIT_PREEMPTED
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.run_folder import RunFolder
@@ -328,6 +333,37 @@ def test_two_nodes_train_together(folder, tmp_path):
     assert_same_run(tmp_path / "run", ended(folder, "command"))
 
 
+def test_two_nodes_train_with_dali(tmp_path):
+    """The command of docs/cluster.md: DALI in both agents, of which each decodes its share."""
+    if reason := missing_dali():
+        pytest.skip(reason)
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 34), ("val", 5)):
+        for name in ("a", "b"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 255, (40, 36, 3), dtype=np.uint8)
+                path = tmp_path / "images" / split / name / f"{number}.jpg"
+                Image.fromarray(pixels).save(path)
+    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^torchrun (--nnodes=2 --nproc-per-node=1 .*?)^```", page, re.M | re.S)
+    words = shlex.split(command.replace("\\\n", ""))
+    changes = {
+        "path/to/images": str(tmp_path / "images"),
+        "runs/two-nodes": str(tmp_path / "run"),
+        "--rdzv-endpoint=127.0.0.1:29500": f"--rdzv-endpoint=127.0.0.1:{free_port()}",
+    }
+    words = [changes.get(word, word) for word in words]
+    agents = [start(["-m", "torch.distributed.run", *words]) for _ in range(2)]
+    results = [finish(agent) for agent in agents]
+    assert [code for code, *_ in results] == [0, 0], results
+    (output,) = [output for _, output, _ in results if output]
+    assert "loader dali" in output
+    assert "2 steps per epoch of 32 images; 4 of 68 images" in output
+    assert "batch 32 = 2 processes x 16" in output
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 2
+
+
 def complaints(errors):
     """Messages of fastokd on stderr, without those of each process about a signal."""
     return [
@@ -376,7 +412,7 @@ def test_launcher_forwards_an_interrupt(tmp_path):
     code, _, errors = finish(run.process)
     assert code == 130
     (said,) = complaints(errors)
-    assert said.startswith("fastokd: interrupted in epoch ")
+    assert said.startswith("fastokd: stopped by Ctrl-C; the last checkpoint has ")
     assert "Traceback" not in errors
 
 

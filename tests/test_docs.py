@@ -132,6 +132,7 @@ def workplace(tmp_path_factory):
                 pixels[..., 2 - shift] += 120
                 Image.fromarray(pixels.numpy()).save(folder / f"{index}.jpg")
     (root / "path/to/imagenet").symlink_to(root / "path/to/images")
+    (root / "examples").symlink_to(ROOT / "examples")
     write_cifar(root / "path/to/torchvision/files", "cifar10", count=32)
     write_cifar(root / "path/to/torchvision/files", "cifar100", count=300)
     return root
@@ -346,6 +347,9 @@ def test_make_targets_and_extras_exist():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
         "optional-dependencies"
     ]
+    # There is no package on an index: the lines work in a checkout.
+    sources = [*PAGES, *(ROOT / "fastokd").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
+    assert [path for path in sources if "fastokd[" in path.read_text(encoding="utf-8")] == []
     assert {
         name
         for group in re.findall(r"(?:fastokd|\.)\[([\w,-]+)\]", text)
@@ -384,8 +388,8 @@ def test_citation_and_issue_templates():
 
 
 def test_site_builds_without_external_resources(tmp_path):
-    pytest.importorskip("material", reason="the site needs pip install 'fastokd[docs]'")
-    pytest.importorskip("mkdocstrings", reason="the site needs pip install 'fastokd[docs]'")
+    pytest.importorskip("material", reason="the site needs pip install -e '.[docs]'")
+    pytest.importorskip("mkdocstrings", reason="the site needs pip install -e '.[docs]'")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
         cwd=ROOT,

@@ -72,30 +72,41 @@ def test_own_loop_example_learns():
 
 
 def test_own_method_example_trains(tmp_path):
-    assert "T=3, teacher detached" in run("own_method.py", "show", "consensus")
-    run(
-        "own_method.py",
-        "train",
-        "--data",
-        "digits",
-        "--method",
-        "consensus",
-        "--model",
-        "resnet8",
-        "--batch-size",
-        128,
-        "--epochs",
-        1,
-        "--out",
-        tmp_path / "run",
-        "--quiet",
-    )
+    plugin = ["--plugin", ROOT / "examples" / "own_method.py"]
+    code, output, errors = finish(start(["-m", "fastokd", "show", "consensus", *plugin]))
+    assert code == 0, errors
+    assert "T=3, teacher detached" in output
+    options = ["--batch-size", 128, "--epochs", 1, "--out", tmp_path / "run", "--quiet"]
+    train = ["-m", "fastokd", "train", "--data", "digits", "--method", "consensus", *options]
+    code, output, errors = finish(start([*train, "--model", "resnet8", *plugin]))
+    assert code == 0, errors
     measured = json.loads(
         (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
     )
     assert {"kl/consensus->branch1", "kl/consensus->branch2", "kl/consensus->branch3"} <= set(
         measured["train"]
     )
+
+
+def test_own_network_example_trains_and_exports(pictures, tmp_path):
+    """The files of a run need the module of its network, and say so."""
+    run_folder, plugin = tmp_path / "run", ["--plugin", ROOT / "examples" / "own_network.py"]
+    model = ["--model", "own_network:make_net", "--at", "blocks.2", "--branches", 2]
+    small = ["--aux-blocks", 1, "--epochs", 1, "--batch-size", 64, "--image-size", 16]
+    train = ["train", "--data", pictures, "--out", run_folder, *model, *small, *plugin]
+    fastokd = ["-m", "fastokd"]
+    code, _, errors = finish(start([*fastokd, *train]))
+    assert code == 0, errors
+    code, output, errors = finish(start([*fastokd, "export", run_folder]))  # from config.yaml
+    assert code == 0, errors
+    assert "own_network:make_net alone" in output
+    evaluation = [*fastokd, "eval", run_folder / "export", "--data", pictures / "val"]
+    code, _, errors = finish(start(evaluation))
+    assert code == 4
+    assert "pass --plugin own_network" in errors
+    code, output, errors = finish(start([*evaluation, *plugin]))
+    assert code == 0, errors
+    assert "accuracy" in output
 
 
 def test_branch_torchvision(tmp_path):
@@ -120,7 +131,7 @@ def test_branch_torchvision(tmp_path):
 
 
 def test_branch_timm():
-    timm = pytest.importorskip("timm", reason="needs pip install 'fastokd[timm]'")
+    timm = pytest.importorskip("timm", reason="needs pip install -e '.[timm]'")
     output = run_here(
         "branch_timm.py", "--model", "resnet10t", "--at", "layer3", "--branches", 2, "--epochs", 2
     )
@@ -134,7 +145,7 @@ def test_branch_timm():
 
 @pytest.mark.parametrize("weights", [False, True])
 def test_branch_timm_normalises_as_the_weights_were_trained(weights, monkeypatch, tmp_path):
-    timm = pytest.importorskip("timm", reason="needs pip install 'fastokd[timm]'")
+    timm = pytest.importorskip("timm", reason="needs pip install -e '.[timm]'")
     model = "vit_tiny_patch16_224"  # 0.5 for all, neither the digits' values nor ImageNet's
     opened = {}
 
@@ -187,7 +198,7 @@ def test_multi_gpu_with_two_processes(tmp_path):
 
 
 def test_imagenet_dali(pictures):
-    pytest.importorskip("nvidia.dali", reason="needs pip install 'fastokd[dali]'")
+    pytest.importorskip("nvidia.dali", reason="needs pip install -e '.[dali]'")
     output = run(
         "imagenet_dali.py",
         "--data",
@@ -210,7 +221,7 @@ def test_imagenet_dali(pictures):
 
 
 def test_export_onnx(pictures, tmp_path):
-    pytest.importorskip("onnxruntime", reason="needs pip install 'fastokd[export]'")
+    pytest.importorskip("onnxruntime", reason="needs pip install -e '.[export]'")
     folder = tmp_path / "run"
     assert (
         main(
@@ -246,7 +257,7 @@ def test_export_onnx(pictures, tmp_path):
 
 @pytest.mark.parametrize("shorter", [{}, {"shorter_side": 32}])
 def test_export_onnx_example_reads_early_record(shorter, pictures):
-    pytest.importorskip("onnxruntime", reason="needs pip install 'fastokd[export]'")
+    pytest.importorskip("onnxruntime", reason="needs pip install -e '.[export]'")
     given = []
     session = SimpleNamespace(
         run=lambda _, feeds: (given.append(feeds["images"]) or np.array([[0.0, 3.0]]),)

@@ -5,6 +5,7 @@ for non-finite steps in a run.
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import signal
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from launching import default_signals
 from method_runs import few_digits, make
 from PIL import Image
 from safetensors.torch import load_file
@@ -29,7 +31,7 @@ from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.runs import load_run
 from fastokd.train.session import resume_run
-from fastokd.train.trainer import NonFiniteLoss, Trainer
+from fastokd.train.trainer import Interrupted, NonFiniteLoss, Trainer
 
 CONFIG = TrainConfig(
     data="digits",
@@ -71,8 +73,8 @@ def tree(tmp_path_factory):
     return root
 
 
-def stop_at(trainer, step=None, evaluating=False):
-    """Send this process SIGTERM after a step counted over the whole run, or when an epoch's steps
+def stop_at(trainer, step=None, evaluating=False, number=signal.SIGTERM):
+    """Send this process a signal after a step counted over the whole run, or when an epoch's steps
     are done.
     """
     steps, report, begin = (
@@ -84,12 +86,12 @@ def stop_at(trainer, step=None, evaluating=False):
     def after_step(done, progress=None):
         report(done, progress)
         if step is not None and trainer.epoch * steps + done == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     def before_evaluation():
         begin()
         if evaluating:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     trainer.reporter.step, trainer.reporter.evaluating = after_step, before_evaluation
 
@@ -149,6 +151,44 @@ def straight(tmp_path_factory, digits):
 )
 def test_run_stopped_within_epoch_resumes_exactly(tmp_path, digits, straight, stop):
     assert_equal(outcome(interrupted(CONFIG, tmp_path / "run", digits, **stop)), straight)
+
+
+@pytest.mark.parametrize("stop", [{"step": 1}, {"evaluating": True}], ids=str)
+def test_ctrl_c_saves_and_resumes_exactly(tmp_path, digits, straight, stop):
+    """In the first epoch: the run is kept, and the message has the command."""
+    folder = tmp_path / "run"
+    first = make(CONFIG, folder, digits)
+    stop_at(first, number=signal.SIGINT, **stop)
+    message = (
+        r"stopped by Ctrl-C; the last checkpoint has 0 finished epochs and \d steps of the"
+        rf" next; continue with 'fastokd train --resume {folder}'"
+    )
+    with default_signals(), pytest.raises(Interrupted, match=message):
+        first.run()
+    assert (folder / "log.txt").read_text().splitlines()[-1].endswith(f"--resume {folder}'")
+    second = make(CONFIG, folder, digits, resume=True)
+    second.run()
+    assert_equal(outcome(second), straight)
+
+
+def test_workers_ignore_ctrl_c(tmp_path, tree):
+    """A terminal sends it to all processes; the run still needs its workers for this step."""
+    options = {"workers": 1, "start_method": "fork"}
+    config = dataclasses.replace(
+        CONFIG, data=str(tree), image_size=16, batch_size=16, loader="torchvision", epochs=1
+    )
+    trainer = make(dataclasses.replace(config, loader_options=options), tmp_path / "run", None)
+    report, workers = trainer.reporter.step, []
+
+    def after_step(done, progress=None):
+        report(done, progress)
+        workers.extend(multiprocessing.active_children())
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGINT)
+
+    trainer.reporter.step = after_step
+    trainer.run()
+    assert workers
 
 
 @pytest.mark.parametrize(

@@ -115,15 +115,12 @@ def test_baseline_needs_no_split_and_timm_trains(run, images, tmp_path):
             r"torchvision has no classifier 'resnet81'; did you mean 'resnet18'\?",
         ),
         (
-            ("--model", "torchvision:resnet18"),
-            r"needs at \(--at\), .* split points: layer1, layer1\.1, ",
-        ),
-        (
             ("--model", "torchvision:resnet18", "--at", "layer9"),
             r"at='layer9': ResNet has no module of that name; did you mean 'layer\d'\?",
         ),
         (("--model", "resnet20", "--at", "layer3"), "resnet20 is branched as in its paper"),
-        (("--model", "hub:resnet18"), "unknown library 'hub'"),
+        (("--model", "hub:resnet18"), "'hub' is neither a library nor a module"),
+        (("--model", "mobilenet_v3_small"), "use 'torchvision:mobilenet_v3_small'"),
         (
             ("--model", "resnte18"),
             r"unknown model 'resnte18'; did you mean .* torchvision:NAME and timm:NAME",
@@ -169,7 +166,7 @@ def test_models_lists_costs(run):
     assert re.search(r"methods: .*ahbf, baseline", out)
     code, out, err = run("models", "torchvision:resnet18")
     assert code == 0, err
-    assert "can be split at: layer1, layer1.1, layer2" in out
+    assert "layer3 (recommended)" in out
     code, out, err = run(
         "models",
         "torchvision:resnet18",

@@ -120,7 +120,7 @@ def scalars(folder):
 class TestTensorBoard:
     @pytest.fixture(autouse=True)
     def installed(self):
-        pytest.importorskip("tensorboard", reason="pip install 'fastokd[tensorboard]'")
+        pytest.importorskip("tensorboard", reason="pip install -e '.[tensorboard]'")
 
     def test_tensorboard_shows_every_record(self, tmp_path):
         said = []
@@ -203,7 +203,7 @@ class TestFailures:
 
     @pytest.fixture(autouse=True)
     def installed(self):
-        pytest.importorskip("tensorboard", reason="pip install 'fastokd[tensorboard]'")
+        pytest.importorskip("tensorboard", reason="pip install -e '.[tensorboard]'")
 
     def test_sink_that_cannot_start_is_dropped(self, tmp_path):
         (tmp_path / "tensorboard").write_text("a file where the folder should be")
@@ -308,7 +308,7 @@ def finished(path):
 
 
 def test_wandb_offline(tmp_path, monkeypatch):
-    pytest.importorskip("wandb.proto", reason="pip install 'fastokd[wandb]'")
+    pytest.importorskip("wandb.proto", reason="pip install -e '.[wandb]'")
     for name, value in {
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",

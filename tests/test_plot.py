@@ -10,7 +10,7 @@ from sample_runs import EPOCHS, change_config, change_json, change_records, copi
 from fastokd.cli import main
 from fastokd.experiments.analysis.curves import training_figures
 
-pytest.importorskip("matplotlib", reason="pip install 'fastokd[plots]'")
+pytest.importorskip("matplotlib", reason="pip install -e '.[plots]'")
 import matplotlib
 from matplotlib.figure import Figure
 
@@ -151,7 +151,6 @@ def test_plot_of_incompatible_runs_is_refused(sample_runs, tmp_path, capsys, mon
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert plot([sample_runs / "ahbf-seed0"], tmp_path / "plots") == 2
     assert (
-        capsys.readouterr().err
-        == "fastokd: drawing needs matplotlib: pip install 'fastokd[plots]'\n"
+        capsys.readouterr().err == "fastokd: drawing needs matplotlib: pip install -e '.[plots]'\n"
     )
     assert not (tmp_path / "plots").exists()

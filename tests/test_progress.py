@@ -360,7 +360,7 @@ def test_interrupted_run_restores_the_terminal(tmp_path, monkeypatch):
     ]
     assert logged[0].startswith("run ")
     assert logged[-2].startswith("epoch 1/2  loss ")
-    assert logged[-1].startswith("interrupted in epoch 2; ")
+    assert logged[-1].startswith("stopped by Ctrl-C; the last checkpoint has 1 finished")
 
 
 def test_duration_format():

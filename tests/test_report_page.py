@@ -8,15 +8,20 @@ import statistics
 import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 from sample_runs import change_config, change_json, copied, records
+from scipy.stats import ttest_rel
 
 from fastokd.cli import main
+from fastokd.experiments.analysis.compare import Reference, paired_test
 from fastokd.experiments.analysis.report import analysis_section
 from fastokd.experiments.analysis.runs import read_run
+from fastokd.experiments.analysis.verdict import verdicts
+from fastokd.train.config import TrainConfig
 
-pytest.importorskip("matplotlib", reason="pip install 'fastokd[plots]'")
+pytest.importorskip("matplotlib", reason="pip install -e '.[plots]'")
 
 VOID = {"meta", "img", "br", "hr"}
 
@@ -158,7 +163,7 @@ def test_page_shows_comparison_differences_and_last_values(page, sample_runs):
             assert (
                 found.table("run")[str(sample_runs / f"{method}-seed{seed}")][3] == f"{error:.2f}"
             )
-    assert found.table("field") == {"method": ["ahbf", "baseline"], "branches": ["3", "1"]}
+    assert found.table("field") == {"method": ["ahbf", "baseline"], "branches": ["3", "-"]}
     for figure, title in zip(
         found.of("img"), ("accuracy", "training loss", "schedules", "throughput"), strict=True
     ):
@@ -168,6 +173,66 @@ def test_page_shows_comparison_differences_and_last_values(page, sample_runs):
     )
     assert f"ta3: resnet8 ahbf {ta3:.4g} in epoch 2;" in found.of("img")[0]["alt"]
     assert "Not as in finished runs" not in found.text
+
+
+def test_page_starts_with_the_verdict(page, sample_runs):
+    """Computed with scipy from the records; two seeds of two epochs prove nothing."""
+    found, text = page
+    errors = {
+        method: [
+            100 - 100 * records(sample_runs / f"{method}-seed{seed}")[-1]["eval"]["branch1"]
+            for seed in (0, 1)
+        ]
+        for method in ("ahbf", "baseline")
+    }
+    differences = [a - b for a, b in zip(*errors.values(), strict=True)]
+    p = ttest_rel(*errors.values()).pvalue
+    verdict = "no evidence of a difference" if p > 0.05 else "ahbf is "
+    start = f"{statistics.mean(differences):+.2f} +- {statistics.stdev(differences):.2f}"
+    sentence = f"ahbf vs baseline: {start} points of error over 2 seeds, p {p:.2g}: {verdict}"
+    assert sentence in found.text
+    assert found.text.index(sentence) < found.text.index("Comparison")
+    assert text.count("<figure><img") == len(found.of("img"))
+    assert "img { width: 100%;" in text
+
+
+def test_curves_have_no_ramp_up_of_methods_without_one(page, sample_runs, tmp_path):
+    found, _ = page
+    (schedule,) = [image["alt"] for image in found.of("img") if "schedules" in image["alt"]]
+    ramp_up = schedule.partition("ramp-up (kd_weight): ")[2]
+    assert "resnet8 ahbf" in ramp_up
+    assert "baseline" not in ramp_up
+    assert report([sample_runs / "baseline-seed0"], tmp_path / "alone.html") == 0
+    alone = (tmp_path / "alone.html").read_text(encoding="utf-8")
+    assert "ramp-up" not in alone
+    assert "points of error" not in alone
+
+
+def group(method, errors):
+    return SimpleNamespace(
+        label=f"net {method}", config=TrainConfig(method=method), errors=dict(enumerate(errors))
+    )
+
+
+@pytest.mark.parametrize(
+    ("taught", "alone", "sentence"),
+    [
+        ([10.0, 10.2, 9.9], [12.0, 12.3, 11.9], "ahbf is better"),
+        ([12.0, 12.3, 11.9], [10.0, 10.2, 9.9], "ahbf is worse"),
+        ([10.0], [12.0], "-2.00 points of error over 1 seed: one seed cannot show"),
+        ([10.0, 11.0], [12.0, 13.0], "over 2 seeds: no test (all differences are equal)"),
+    ],
+)
+def test_verdict_follows_the_paired_test(taught, alone, sentence):
+    ahbf, baseline = group("ahbf", taught), group("baseline", alone)
+    test = paired_test(ahbf.errors, baseline.errors)
+    rows = [
+        SimpleNamespace(group=ahbf, equal_epochs=Reference(baseline, test)),
+        SimpleNamespace(group=baseline, equal_epochs=Reference()),
+    ]
+    (line,) = verdicts(SimpleNamespace(rows=rows))
+    assert line.startswith("ahbf vs baseline: ")
+    assert sentence in line
 
 
 ANALYSIS = {
@@ -299,5 +364,5 @@ def test_invalid_arguments_are_one_line_and_write_no_page(
     assert report([sample_runs / "ahbf-seed0"], tmp_path / "report.html") == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.startswith("fastokd: ") for line in lines] == [True] * 3
-    assert lines[2] == "fastokd: drawing needs matplotlib: pip install 'fastokd[plots]'"
+    assert lines[2] == "fastokd: drawing needs matplotlib: pip install -e '.[plots]'"
     assert not (tmp_path / "report.html").exists()

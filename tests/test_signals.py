@@ -8,16 +8,18 @@ import threading
 from pathlib import Path
 
 import pytest
+from launching import default_signals
 
 from fastokd.train.launch import _passed_on
 from fastokd.train.signals import PATIENCE_VARIABLE, StopSignals
 
 ROOT = Path(__file__).resolve().parent.parent
+RANKS = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signal_is_recorded_and_reported(number, capfd, monkeypatch):
-    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+    for name, value in RANKS.items():
         monkeypatch.setenv(name, value)
     before = signal.getsignal(number)
     with StopSignals() as signals:
@@ -98,3 +100,46 @@ def test_launcher_forwards_signals_not_ignored():
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, former)
+
+
+def test_ctrl_c_is_recorded_only_in_interrupts(capfd):
+    with default_signals(), StopSignals() as signals:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with signals.interrupts():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signals.received == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert capfd.readouterr().err == (
+        "fastokd: Ctrl-C: saving after this step, then stopping; a second Ctrl-C stops at once\n"
+    )
+
+
+def test_second_ctrl_c_ends_the_process_at_once():
+    """Under a launcher, which sends Ctrl-C a second time, after a second."""
+    code = """
+        import os, signal, time
+        from fastokd.train.signals import StopSignals
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with StopSignals() as signals, signals.interrupts():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            print("still here", flush=True)
+            time.sleep(1.1)
+            os.kill(os.getpid(), signal.SIGINT)
+            print("not here", flush=True)
+    """
+    code = "\n".join(line[8:] for line in code.splitlines())
+    for ranks, output in (({}, ""), (RANKS, "still here\n")):
+        environment = {**os.environ, **ranks}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+        )
+        assert (done.returncode, done.stdout) == (130, output), done.stderr
+        last = done.stderr.splitlines()[-1]
+        assert last.endswith("Ctrl-C: stopping at once; the last checkpoint is intact")

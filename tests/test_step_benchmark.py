@@ -331,7 +331,7 @@ def test_command_writes_table_figure_and_trace(tmp_path, capsys, not_compiled):
 
 def test_missing_matplotlib_writes_only_table(tmp_path, capsys, monkeypatch, not_compiled):
     def missing():
-        raise MissingExtra("drawing needs matplotlib: pip install 'fastokd[plots]'")
+        raise MissingExtra("drawing needs matplotlib: pip install -e '.[plots]'")
 
     monkeypatch.setattr("fastokd.experiments.analysis.step_figure.require_matplotlib", missing)
     assert (
@@ -351,7 +351,7 @@ def test_missing_matplotlib_writes_only_table(tmp_path, capsys, monkeypatch, not
         == 0
     )
     out = capsys.readouterr().out
-    assert "no plot: drawing needs matplotlib: pip install 'fastokd[plots]'" in out
+    assert "no plot: drawing needs matplotlib: pip install -e '.[plots]'" in out
     assert [path.name for path in tmp_path.iterdir()] == ["step-ladder.json"]
     assert "student alone" not in out  # it is what the ladder is of
     assert json.loads((tmp_path / "step-ladder.json").read_text())["teaching_costs"] is None

@@ -77,7 +77,7 @@ def train(tree, out, loader, *more, size=24) -> int:
 @pytest.mark.parametrize("loader", LOADERS)
 def test_train_evaluate_export(tree, tmp_path, capsys, loader):
     if loader == "dali":
-        pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
+        pytest.importorskip("nvidia.dali", reason="pip install -e '.[dali]'")
     out = tmp_path / "run"
     assert (
         train(tree, out, loader, "--epochs", "1", size=136) == 0
@@ -101,7 +101,7 @@ def test_train_evaluate_export(tree, tmp_path, capsys, loader):
 @pytest.mark.parametrize("loader", LOADERS)
 def test_resumed_run_equals_uninterrupted_run(tree, tmp_path, loader):
     if loader == "dali":
-        pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
+        pytest.importorskip("nvidia.dali", reason="pip install -e '.[dali]'")
     constant = ["--lr-gamma", "1"]
     assert train(tree, tmp_path / "whole", loader, "--epochs", "2", *constant) == 0
     assert train(tree, tmp_path / "half", loader, "--epochs", "1", *constant) == 0
@@ -161,7 +161,7 @@ def test_auto_loader_reports_its_reason(tree, monkeypatch):
 
 
 def test_auto_loader_skips_dali_for_unsupported_files(tree, tmp_path):
-    pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
+    pytest.importorskip("nvidia.dali", reason="pip install -e '.[dali]'")
     cpu = torch.device("cpu")
     assert (
         loader_name(TrainConfig(data=str(tree)), open_data(TrainConfig(data=str(tree)), cpu), cpu)
@@ -191,7 +191,7 @@ def test_auto_loader_skips_dali_for_unsupported_files(tree, tmp_path):
 
 
 def test_resumed_run_keeps_its_loader(tree, tmp_path, capsys, monkeypatch):
-    pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
+    pytest.importorskip("nvidia.dali", reason="pip install -e '.[dali]'")
     cpu, config = torch.device("cpu"), TrainConfig(data=str(tree))
     dataset = open_data(config, cpu)
     assert loader_name(config, dataset, cpu) == "dali"
@@ -328,7 +328,7 @@ def test_corrupt_image_stops_or_is_replaced(tree, tmp_path, capsys):
 @pytest.mark.parametrize("loader", LOADERS)
 def test_missing_file_is_a_corrupt_image(tree, tmp_path, capsys, loader):
     if loader == "dali":
-        pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
+        pytest.importorskip("nvidia.dali", reason="pip install -e '.[dali]'")
     rows = [
         f"{tree / split / name / f'{i}.jpg'},{name},{split}"
         for split, count in (("train", 8), ("val", 3))

@@ -5,6 +5,7 @@ import difflib
 import io
 import os
 import select
+import stat
 import sys
 import warnings
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import tyro
 
 from fastokd.cli.commands import GROUPS, Command, find_command, option_names, options_of, overview
-from fastokd.cli.options import BadValue
+from fastokd.cli.options import BadValue, plugin_words
 from fastokd.errors import (
     EXIT_CODES,
     EXIT_INTERRUPTED,
@@ -23,6 +24,7 @@ from fastokd.errors import (
     ConfigError,
     FastOKDError,
 )
+from fastokd.plugins import load_plugins
 from fastokd.train.config import RETIRED
 from fastokd.version import __version__
 
@@ -61,7 +63,9 @@ def _is_stdout_closed() -> bool:
     """Check if the reader of standard output is gone, as after ``| head``, and silence it then."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)  # reports errors only
-    if not poll.poll(0):
+    mode = os.fstat(sys.stdout.fileno()).st_mode
+    # Some systems report no error of a pipe whose reader ended between two writes.
+    if not poll.poll(0) and not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True
@@ -75,6 +79,8 @@ def _run(arguments: list[str]) -> int:
     words, arguments = arguments[:depth], arguments[depth:]
     name = " ".join(["fastokd", *words])
     if isinstance(command, Command):
+        if command.plugins:
+            load_plugins(plugin_words(arguments))  # names in the other arguments may need them
         target, description = command.load(arguments), None
     else:
         target, description = overview(command), GROUPS[words[0]] if words else DESCRIPTION

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from fastokd.cli.options import with_options
+from fastokd.cli.options import PLUGINS, with_options
 from fastokd.errors import ConfigError, did_you_mean
 
 
@@ -22,11 +22,13 @@ class Command:
         target: module and name of its function.
         summary: for the list of commands.
         generated: the target is called with the arguments, and returns the type to parse.
+        plugins: the command resolves names, so it has the option ``--plugin``.
     """
 
     target: str
     summary: str
     generated: bool = False
+    plugins: bool = True
 
     def load(self, arguments: Sequence[str]) -> Any:
         """A type for tyro, or the function with its call deferred until the end of parsing."""
@@ -35,21 +37,33 @@ class Command:
         if self.generated:
             return function(arguments)
 
+        signature = inspect.signature(function)
+        extra = self.plugins and "plugin" not in signature.parameters
+
         def defer(*args: Any, **options: Any) -> Callable[[], int | None]:
+            if extra:
+                options.pop("plugin", None)  # loaded before the arguments were parsed
             return functools.partial(function, *args, **options)
 
         deferred: Any = functools.update_wrapper(defer, function)
-        deferred.__signature__ = inspect.signature(function)
+        if extra:
+            last = inspect.Parameter(
+                "plugin", inspect.Parameter.KEYWORD_ONLY, default=(), annotation=PLUGINS
+            )
+            signature = signature.replace(parameters=[*signature.parameters.values(), last])
+            deferred.__annotations__ = {**function.__annotations__, "plugin": PLUGINS}
+        deferred.__signature__ = signature
         del deferred.__wrapped__  # tyro would read the options' types from it
         return with_options(deferred)
 
 
 COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
-    "demo": Command("sweeps:demo", "Compare a student trained alone and with AHBF"),
+    "demo": Command("sweeps:demo", "Compare a student trained alone and with AHBF", plugins=False),
     "train": Command("train:parser", "Train a student with its branches, or alone", True),
     "eval": Command("runs:evaluate", "Measure the accuracy of a run or an exported student"),
     "analyze": Command("runs:analyze", "Measure how branches and teacher assistants differ"),
     "export": Command("runs:export", "Write the plain student of a run"),
+    "predict": Command("runs:predict", "Classify image files with a run or an exported student"),
     "compare": Command("reports:compare", "Compare the errors and costs of runs"),
     "plot": Command("reports:plot", "Plot the curves of runs"),
     "report": Command("reports:report", "Write an HTML page about runs"),
@@ -65,9 +79,11 @@ COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
     },
     "bench": {
         "step": Command("bench:step", "Measure a training step, one optimization at a time"),
-        "compare": Command("bench:compare", "Removed; use pytest-benchmark compare"),
+        "compare": Command("bench:compare", "Removed; use pytest-benchmark compare", plugins=False),
     },
-    "doctor": Command("catalog:doctor", "Report the environment with a fix for each problem"),
+    "doctor": Command(
+        "catalog:doctor", "Report the environment with a fix for each problem", plugins=False
+    ),
 }
 GROUPS = {"data": "Check or convert a dataset", "bench": "Measure fastokd on this machine"}
 

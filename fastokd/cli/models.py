@@ -16,7 +16,7 @@ from fastokd.models import (
     is_library_name,
     list_models,
 )
-from fastokd.models.libraries import library_split_points
+from fastokd.models.libraries import library_split_points, recommended_split_point, trunk_share
 from fastokd.models.summary import check_images, model_costs
 
 
@@ -34,11 +34,11 @@ def models(
     """List the networks with their costs, or print one in detail, branch by branch.
 
     Args:
-        name: Network to print in detail: a listed one, torchvision:NAME or timm:NAME; peers may
-            differ: resnet20,resnet32
+        name: Network to print in detail: a listed one, torchvision:NAME, timm:NAME or MODULE:NAME;
+            peers may differ: resnet20,resnet32
         method: Method whose training network is counted
-        at: First module that is separate for each branch (torchvision, timm networks); without
-            it the possible split points are listed
+        at: First module that is separate for each branch (torchvision, timm and own networks);
+            without it all split points are listed with their costs
         compression: Make the deepest branch the student; each branch before it has --aux-blocks
             fewer blocks
         num_classes: Number of classes
@@ -59,14 +59,43 @@ def models(
         return
     peers = "peers" in (topology, get_method(method).topologies[0])
     if is_library_name(name) and "," not in name and at is None and not peers:
-        points = ", ".join(library_split_points(name)) or "no place"
-        print(f"{name} can be split at: {points}")
-        print(
-            f"its costs: fastokd models {name} --at PLACE; train it: fastokd train --model"
-            f" {name} --at PLACE --data FOLDER"
-        )
+        _print_split_points(name, layout, image_size)
         return
     _print_network(name, {**layout, "at": at}, image_size)
+
+
+def _print_split_points(name: str, layout: Mapping[str, Any], image_size: int | None) -> None:
+    """A line for each split point: the trunk's share and the costs of the training network."""
+    recommended = recommended_split_point(name)
+    table = make_table("split point", "trunk, %\nof FLOPs", "training\nmillion params")
+    table.add_column("training\nMFLOPs", justify="right")
+    table.add_column("relative to\nthe student", justify="right")
+    size, reason = image_size, ""
+    for point in library_split_points(name):
+        cells = ["-", "-", "-"]
+        try:
+            costs, size = _costs(name, {**layout, "at": point}, image_size)
+            training, student = costs["training"], costs["student"]
+            cells = [
+                f"{training.parameters / 1e6:.2f}",
+                f"{training.flops / 1e6:,.0f}",
+                f"{training.flops / student.flops:.2f} x",
+            ]
+        except ConfigError as error:  # such as a part without a block to repeat
+            reason = str(error)
+        mark = " (recommended)" if point == recommended else ""
+        table.add_row(f"{point}{mark}", f"{100 * trunk_share(name, point):.0f}", *cells)
+    console().print(table)
+    if reason:
+        print(f"-: {reason}")
+    if recommended is None:
+        print(f"{name} has no split point; use --method dml, whose peers are whole networks")
+        return
+    print(
+        f"{layout['method']}, images of {size} x {size}; a later point shares more and trains"
+        " faster, an earlier one gives branches more of their own layers (docs/bring-your-own.md)"
+    )
+    print(f"train it: fastokd train --model {name} --data FOLDER; another point: --at POINT")
 
 
 def _costs(
@@ -109,8 +138,8 @@ def _print_networks(
         f" {', '.join(list_methods())}"
     )
     print(
-        "any classifier of torchvision or timm: torchvision:NAME or timm:NAME with --at PLACE;"
-        " fastokd models torchvision:resnet18 lists the places"
+        "any classifier of torchvision or timm: torchvision:NAME or timm:NAME; fastokd models"
+        " torchvision:resnet18 lists its split points for --at"
     )
 
 

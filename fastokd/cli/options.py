@@ -1,6 +1,8 @@
 """Types of command-line options, and output shared by the commands."""
 
 import contextlib
+import dataclasses
+import os
 import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -25,6 +27,16 @@ Settings = tyro.conf.UseAppendAction[
         tyro.conf.arg(metavar="FIELD=VALUE", help_behavior_hint="(may be repeated)"),
     ]
 ]
+
+
+def plugin_words(arguments: Sequence[str]) -> list[str]:
+    """The values of ``--plugin`` among the arguments of any command, before they are parsed."""
+    texts = []
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        name, mark, text = word.partition("=")
+        if name == "--plugin" and (mark or not following.startswith("-")):
+            texts.append(text if mark else following)
+    return texts
 
 
 class BadValue(Exception):
@@ -55,6 +67,19 @@ SHARED = {
     "dry_run": "Print the runs and the results so far; train nothing",
 }
 """The help of options that several commands have."""
+
+
+PLUGINS: Any = tyro.conf.UseAppendAction[
+    Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(
+            metavar="FILE.py|MODULE",
+            help=infos(TrainConfig)["plugin"].help,
+            help_behavior_hint="(may be repeated)",
+        ),
+    ]
+]
+"""The type of ``--plugin``. Its values are loaded before the arguments are parsed."""
 
 
 def parse(name: str, kind: Any, text: str) -> Any:
@@ -133,7 +158,7 @@ def with_options(target: T) -> T:
         base, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
         if marks and isinstance(marks[0], tuple):  # words that are known when the program runs
             base, marks = one_of[marks[0]], marks[1:]
-        if name == "return" or hint is Settings:
+        if name == "return" or hint is Settings or hint is PLUGINS:
             continue
         described = f" {name}: " in (target.__doc__ or "")
         if base is bool:
@@ -149,14 +174,25 @@ def with_options(target: T) -> T:
             if info and info.unset and name not in SHARED:
                 shown = f"(default: {info.unset})"
         argument = tyro.conf.arg(help=text, help_behavior_hint=shown)
-        hints[name] = Annotated[(base, *marks, option_spec(name, base), argument)]
+        parse = option_spec(name, base)
+        if "Positional" in repr(marks):  # named like the argument; tyro adds brackets
+            several = " ..." if get_origin(base) is tuple else ""
+            parse = dataclasses.replace(parse, metavar=f"{name.upper()}{several}")
+        hints[name] = Annotated[(base, *marks, parse, argument)]
     target.__annotations__ = hints
     return target
 
 
-def console() -> Console:
-    """The console for tables and lines; long lines are not wrapped."""
-    return OutputConsole(highlight=False, soft_wrap=True)
+PIPED_WIDTH = 240
+"""The width of tables in a pipe or file, where rich assumes 80 columns and would break names."""
+
+
+def console(soft_wrap: bool = True) -> Console:
+    """The console for tables and lines; with ``soft_wrap`` long lines are not wrapped."""
+    made = OutputConsole(highlight=False, soft_wrap=soft_wrap)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = PIPED_WIDTH
+    return made
 
 
 def say(text: str) -> None:
@@ -165,8 +201,8 @@ def say(text: str) -> None:
 
 
 def print_table(table: Table) -> None:
-    """Print a table in the width of the terminal."""
-    OutputConsole(highlight=False).print(table)
+    """Print a table in the width of the terminal, or ``PIPED_WIDTH``."""
+    console(soft_wrap=False).print(table)
 
 
 def make_table(left: str, *right: str) -> Table:

@@ -8,7 +8,7 @@ from fastokd.experiments.analysis.compare import compare as compare_groups
 from fastokd.experiments.analysis.curves import FIGURES, draw_curves
 from fastokd.experiments.analysis.figures import require_matplotlib
 from fastokd.experiments.analysis.report import report_page
-from fastokd.experiments.analysis.runs import read_runs, remarks_of, title
+from fastokd.experiments.analysis.runs import curve_records, read_runs, remarks_of, title
 from fastokd.storage import write_text
 
 FORMATS = {".md": "markdown", ".csv": "csv", ".html": "html"}
@@ -52,7 +52,7 @@ def plot(runs: Runs = (), out: Path = Path("plots")) -> None:
     """
     groups = read_runs(runs)
     files = draw_curves(
-        {group.label: [run.records for run in group.runs] for group in groups},
+        {group.label: curve_records(group) for group in groups},
         out,
         title(groups),
         ("png", "svg"),

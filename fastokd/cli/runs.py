@@ -1,5 +1,7 @@
 """Commands for a run or an exported student."""
 
+import json as json_format
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,13 +9,14 @@ from typing import Annotated, Any
 import tyro
 
 from fastokd.cli.options import Which, make_table, print_table, progress_bar, say
-from fastokd.errors import escape
+from fastokd.errors import EXIT_DATA, EXIT_OK, ConfigError, escape
 from fastokd.experiments.analysis.study import analyze_run
-from fastokd.export import list_formats
+from fastokd.export import find_images, list_formats, open_export, predict_files
 from fastokd.export.evaluate import evaluate_export
 from fastokd.metrics import METRICS
 from fastokd.train.distributed import choose_device
 from fastokd.train.export_run import export_run
+from fastokd.train.run_folder import RunFolder
 from fastokd.train.runs import load_run
 
 
@@ -67,6 +70,45 @@ def _evaluate_export(path: Path, data: str | None, split: str | None, device: st
     )
     values = result.metrics
     say(", ".join(metric.words(values[key]) for key, metric in METRICS.items() if key in values))
+
+
+def predict(
+    path: tyro.conf.Positional[Path],
+    images: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    top: int = 5,
+    json: bool = False,
+    device: str = "auto",
+) -> int:
+    """Classify image files with the student of a run or an exported student.
+
+    Images that cannot be read are reported at their place, and the exit code is then 3.
+
+    Args:
+        path: Run folder (the student of its last epoch), or an exported student: a file of any
+            format, or the folder that holds it
+        images: Image files, folders (with subfolders) or patterns such as 'photos/*.jpg'
+        top: Number of most probable classes to print
+        json: Print JSON
+        device: auto, cpu, cuda or cuda:N; ONNX always runs on the CPU
+    """
+    if top < 1:
+        raise ConfigError(f"--top {top}: it must be at least 1")
+    if (path / "config.yaml").is_file():
+        run = RunFolder.open(path)
+        run.load_config()  # imports the run's plug-ins
+        path = run.student
+    files = find_images(images)
+    results = list(predict_files(open_export(path, choose_device(device)), files, top))
+    if json:
+        print(json_format.dumps([result.as_json() for result in results], indent=2))
+    else:
+        for result in results:
+            classes = (f"{escape(name)} {100 * value:.2f} %" for name, value in result.classes)
+            say(f"{escape(result.file)}: {', '.join(classes) or f'not read: {result.error}'}")
+    failed = sum(bool(result.error) for result in results)
+    if failed:
+        print(f"fastokd: {failed} of {len(files)} images cannot be read", file=sys.stderr)
+    return EXIT_DATA if failed else EXIT_OK
 
 
 def analyze(
@@ -149,6 +191,7 @@ def export(
     branch: str | None = None,
     data: str | None = None,
     device: str = "auto",
+    with_preprocessing: bool = False,
 ) -> None:
     """Write the plain student of a run with its classes, preprocessing, accuracy and provenance,
     verified on real images.
@@ -160,8 +203,10 @@ def export(
         out: Folder to write to (default: RUN/export)
         branch: Another branch than the student, by number or name: 2 or branch2
         data: Real images for the verification (default: the dataset of the run)
+        with_preprocessing: Formats onnx and torch-export: take pixels, uint8 [B, 3, H, W] from 0 to
+            255, and normalize them in the file
     """
-    result = export_run(run, to, out, which, branch, data, device)
+    result = export_run(run, to, out, which, branch, data, device, with_preprocessing)
     compared = result.comparison
     same = (
         f"logits within {compared.difference:.1e} (allowed: {result.tolerance:g} of the largest),"

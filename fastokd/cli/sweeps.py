@@ -2,10 +2,11 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import tyro
 
-from fastokd.cli.options import Settings, say
+from fastokd.cli.options import PLUGINS, Settings, say
 from fastokd.cli.train import start_from
 from fastokd.data import absolute_spec
 from fastokd.errors import EXIT_OK
@@ -17,6 +18,7 @@ from fastokd.experiments.sweep.plan import Plan
 from fastokd.experiments.sweep.queue import parse_devices, parse_per_device
 from fastokd.experiments.sweep.reproduce import plan_reproduction, table_of_tables
 from fastokd.experiments.sweep.sweep import plan_sweep
+from fastokd.plugins import load_plugins
 from fastokd.train.config import override
 
 
@@ -46,6 +48,7 @@ def sweep(
     per_device: str = "auto",
     equal_compute: bool = False,
     dry_run: bool = False,
+    plugin: PLUGINS = (),
 ) -> int:
     """Run a grid over fields of the configuration with several seeds, and compare the errors of the
     students. Repeat the command to resume.
@@ -64,8 +67,10 @@ def sweep(
         equal_compute: For each point, also train the student alone with the same training compute
             (more epochs, schedule stretched), and compare
     """
-    changes = {} if data is None else {"data": absolute_spec(data)}
-    base = override(start_from(recipe, config), changes)
+    base = start_from(recipe, config)
+    changes: dict[str, Any] = {} if data is None else {"data": absolute_spec(data)}
+    changes["plugin"] = (*base.plugin, *load_plugins(plugin))
+    base = override(base, changes)
     plan = plan_sweep(base, get_recipe(recipe) if recipe else None, parse_values(set), seeds, out)
     if equal_compute:
         plan = add_students_alone(plan)
@@ -84,6 +89,7 @@ def reproduce(
     per_device: str = "auto",
     equal_compute: bool = False,
     dry_run: bool = False,
+    plugin: PLUGINS = (),
 ) -> int:
     """Run the recipes of a published table, and compare the results with those of the paper. Repeat
     the command to resume.
@@ -102,7 +108,9 @@ def reproduce(
         print(table_of_tables().as_text())
         return EXIT_OK
     where = "" if data is None else absolute_spec(data)
-    plan = plan_reproduction(table, where, rows, seeds, epochs, parse_values(set), out)
+    plan = plan_reproduction(
+        table, where, rows, seeds, epochs, parse_values(set), out, load_plugins(plugin)
+    )
     if equal_compute:
         plan = add_students_alone(plan)
     return _run(plan, dry_run, devices, per_device)

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import tyro
 
+from fastokd import plugins
 from fastokd.cli.options import (
+    PLUGINS,
     BadValue,
     make_table,
     option_spec,
+    plugin_words,
     print_table,
     say,
     spec,
@@ -22,7 +25,7 @@ from fastokd.cli.options import (
 )
 from fastokd.errors import EXIT_OK, ConfigError
 from fastokd.train.config import TrainConfig, override
-from fastokd.train.config_files import read_config
+from fastokd.train.config_files import load_plugins, read_config
 from fastokd.train.fields import GROUPS, Info, infos
 from fastokd.train.launch import check_launched, launch, launched
 from fastokd.train.signals import StopSignals
@@ -79,6 +82,7 @@ def parser(arguments: Sequence[str]) -> type:
         values = {
             name: value for group in groups for name, value in vars(getattr(parsed, group)).items()
         }
+        values["plugin"] = (*base.plugin, *plugins.load_plugins(plugin_words(arguments)))
         return _train(parsed.run, base, {name: values[name] for name in changed}, arguments)
 
     namespace = {"__doc__": "Train a student with its branches, or alone.", "__call__": call}
@@ -94,6 +98,8 @@ def _option(name: str, info: Info, default: Any) -> Any:
         parse = spec(_parse_sizes, "[EPOCH:SIZE ...]", "*")
     else:
         parse = option_spec(name, hint, () if callable(info.choices) else info.choices)
+    if name == "plugin":
+        return Annotated[PLUGINS, tyro.conf.arg(prefix_name=False)]
     shown = default
     if isinstance(default, Mapping):
         shown = " ".join(f"{key}={value}" for key, value in default.items())
@@ -134,7 +140,7 @@ def start_from(recipe: str | None, config: Path | None) -> TrainConfig:
         from fastokd.experiments.recipes import get_recipe
 
         return get_recipe(recipe).config
-    return read_config(config) if config else TrainConfig()
+    return load_plugins(read_config(config)) if config else TrainConfig()
 
 
 def _train(
@@ -143,7 +149,9 @@ def _train(
     """Run the command in each process of the run."""
     if run.gpus is not None:
         if not launched():
-            return launch(run.gpus, ["train", *arguments])
+            program = plugins.script()  # a custom method's file is a plug-in of the processes
+            own = [] if program is None else ["--plugin", str(program)]
+            return launch(run.gpus, ["train", *arguments, *own])
         check_launched(run.gpus)
         given.setdefault("device", "cuda")  # "auto" would fall back to the CPU
     with StopSignals() as signals:  # before torch is imported, which takes seconds
@@ -154,6 +162,7 @@ def _train_here(
     run: RunOptions, base: TrainConfig, given: dict[str, Any], signals: StopSignals
 ) -> int:
     from fastokd.data import absolute_spec
+    from fastokd.train.batches import BatchChoice
     from fastokd.train.distributed import process_group
     from fastokd.train.progress import Reporter
     from fastokd.train.session import begin_run, resume_run
@@ -161,7 +170,10 @@ def _train_here(
 
     if "data" in given:  # the run can then be resumed and evaluated from any folder
         given["data"] = absolute_spec(given["data"])
-    largest = _parse_batch_size(given) if "batch_size" in given else None
+    largest: BatchChoice = _parse_batch_size(given) if "batch_size" in given else None
+    chosen = {"batch_size", "lr", "lr_scaling", "device_batch"} & given.keys()
+    if not (chosen or largest or run.recipe or run.config):
+        largest = "data"
     resumed = Path(run.resume) if run.resume not in (None, "auto") else None
     settings = dataclasses.replace(base, **given) if resumed else override(base, given)
     with process_group(settings.device) as ranks:

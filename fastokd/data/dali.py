@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from fastokd.data import dali_policies, stream
 from fastokd.data.dali_policies import DaliPolicy
 from fastokd.data.files import FileSplit, replacement_index
-from fastokd.data.images import decode, default_workers, reason_of
+from fastokd.data.images import decode, reason_of, workers_per_process
 from fastokd.data.loader import LoaderKind
 from fastokd.data.random_crop import ATTEMPTS
 from fastokd.data.stream import Decoded, Request, StreamLoader
@@ -86,7 +86,7 @@ def missing_dali(device: torch.device | None = None) -> str | None:
     try:
         import nvidia.dali  # noqa: F401
     except ImportError as error:
-        fix = "pip install 'fastokd[dali]', or use --loader torchvision"
+        fix = "pip install -e '.[dali]', or use --loader torchvision"
         return f"DALI cannot be imported ({first_line(error)}): {fix}"
     return None
 
@@ -420,10 +420,11 @@ def gpu_number(device: torch.device) -> int | None:
 
 
 def default_threads(with_gpu: bool) -> int:
-    """One thread per usable core, minus two for the step and reading ahead if a GPU trains and
-    there are more than four, or minus one for scaling if no GPU does.
+    """One thread per usable core of this process's share of the machine, minus two for the step and
+    reading ahead if a GPU trains and there are more than four, or minus one for scaling if no GPU
+    does.
     """
-    cores = default_workers()
+    cores = workers_per_process()
     if not with_gpu:
         return max(1, cores - 1)
     return cores - 2 if cores > 4 else cores

@@ -34,6 +34,13 @@ def default_workers() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
+def workers_per_process() -> int:
+    """The threads of ``default_workers`` for each process of a run on this machine, at least 1.
+    Launchers set the number of processes.
+    """
+    return max(1, default_workers() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def check_memory(count: int, height: int, width: int, where: object) -> None:
     """Raise ``DataError`` if ``count`` RGB images need more than half of the free memory."""
     available = available_memory()
@@ -68,15 +75,22 @@ def decode(path: str | Path | BytesIO) -> "Image.Image":
         image: Image.Image = file
         if file.getexif().get(0x0112, 1) != 1:
             image = ImageOps.exif_transpose(image)
-        # Pillow clips 16-bit grayscale at 255 when it converts to RGB, and knows no range for
-        # 32-bit integers and floats.
-        if image.mode.startswith("I;16") or (image.mode == "I" and file.format in ("PNG", "PPM")):
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
-        elif image.mode in ("I", "F"):
-            raise ValueError(f"{image.mode}-mode pixels (32 bits) have no defined 8-bit range")
-        elif image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return to_rgb(image, file.format)
+
+
+def to_rgb(image: "Image.Image", format: str | None = None) -> "Image.Image":
+    """Convert an image of any mode to 8-bit RGB, see ``decode``; ``format`` is that of its file."""
+    from PIL import Image
+
+    # Pillow clips 16-bit grayscale at 255 when it converts to RGB, and knows no range for 32-bit
+    # integers and floats.
+    if image.mode.startswith("I;16") or (image.mode == "I" and format in ("PNG", "PPM")):
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"{image.mode}-mode pixels (32 bits) have no defined 8-bit range")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def fit(image: "Image.Image", size: int) -> "Image.Image":

@@ -3,6 +3,7 @@
 import functools
 import math
 import multiprocessing
+import signal
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastokd.data import stream
 from fastokd.data.files import FileSplit, replacement_index
-from fastokd.data.images import decode, default_workers, reason_of
+from fastokd.data.images import decode, reason_of, workers_per_process
 from fastokd.data.loader import LoaderKind
 from fastokd.data.policies import POLICIES
 from fastokd.data.random_crop import window
@@ -102,12 +103,13 @@ class TorchvisionLoader(StreamLoader):
 
     def _start(self) -> DataLoader[Any]:
         options = self.options
-        workers = default_workers() if options.workers is None else options.workers
+        workers = workers_per_process() if options.workers is None else options.workers
         multiple: dict[str, Any] = {}
         if workers:
             if options.start_method == "forkserver":  # import once, not in each worker
                 multiprocessing.set_forkserver_preload([__name__, "torchvision.transforms.v2"])
             multiple = {
+                "worker_init_fn": _ignore_interrupts,
                 "persistent_workers": True,
                 "prefetch_factor": options.prefetch,
                 "multiprocessing_context": options.start_method,
@@ -122,6 +124,11 @@ class TorchvisionLoader(StreamLoader):
             generator=torch.Generator(),  # the default one is that of the network's layers
             **multiple,
         )
+
+
+def _ignore_interrupts(_: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to workers too, to the training process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Requests:

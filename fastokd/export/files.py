@@ -11,6 +11,7 @@ from fastokd.data import Batch
 from fastokd.errors import CheckpointError, ConfigError, MissingExtra, first_line
 from fastokd.export.check import Comparison, compare_logits
 from fastokd.export.formats import ExportFormat, Runtime, get_format, list_formats
+from fastokd.export.preprocessing import Normalize
 from fastokd.export.record import parse_record
 from fastokd.export.state_dict import build_student
 from fastokd.export.weights import unwrap
@@ -32,6 +33,7 @@ def export_student(
     folder: Path,
     batches: Iterable[Batch],
     device: torch.device | str = "cpu",
+    with_preprocessing: bool = False,
 ) -> tuple[Path, Comparison]:
     """Write a student and a JSON file with its record, after verifying that the file's content
     reproduces the student's logits.
@@ -43,6 +45,8 @@ def export_student(
         folder: the output folder, created if missing. An export of the same run is replaced.
         batches: real images on any device, for verification.
         device: of the verification, for formats that run on other devices than the CPU.
+        with_preprocessing: write a program that takes pixels, uint8 [B, 3, H, W], and divides and
+            normalizes them itself; formats onnx and torch-export.
 
     Raises:
         ConfigError: an unknown format or one that does not fit the network, or an existing file of
@@ -55,11 +59,20 @@ def export_student(
     path = folder / form.filename
     record = {
         **record,
-        "export": {"to": to, "tolerance": form.tolerance, **form.describe(record["architecture"])},
+        "export": {
+            "to": to,
+            "tolerance": form.tolerance,
+            **form.describe(record["architecture"]),
+            **({"with_preprocessing": True} if with_preprocessing else {}),
+        },
     }
+    check_preprocessing(to, with_preprocessing)
     _check_replaceable(path, record)
     try:
-        blob = form.encode(_plain(student, "cpu"), record)
+        network = _plain(student, "cpu")
+        if with_preprocessing:
+            network = nn.Sequential(Normalize(record["preprocessing"]), network).eval()
+        blob = form.encode(network, record)
     except Exception as error:  # exporters raise any exception for unsupported networks
         name = record["architecture"]["name"]
         reason = f"{first_line(error)}; use --to safetensors"
@@ -74,6 +87,15 @@ def export_student(
     write_atomically(path, lambda file: file.write(blob))
     write_json(path.with_name(form.record_name), record)
     return path, comparison
+
+
+def check_preprocessing(to: str, with_preprocessing: bool) -> None:
+    """Raise a ``ConfigError`` if a format cannot include the preprocessing."""
+    if with_preprocessing and not get_format(to).is_program:
+        programs = " or ".join(name for name in list_formats() if get_format(name).is_program)
+        raise ConfigError(
+            f"--with-preprocessing: {to} files hold weights only; use --to {programs}"
+        )
 
 
 def _plain(student: nn.Module, device: torch.device | str) -> nn.Module:

@@ -50,6 +50,7 @@ class ExportFormat:
             any exception for damage.
         open: maps content, record, the file's name for messages and a device to a runtime; raises
             ``CheckpointError`` or ``MissingExtra``.
+        is_program: the file holds a program, which can include the preprocessing.
     """
 
     name: str
@@ -60,6 +61,7 @@ class ExportFormat:
     encode: Callable[[nn.Module, dict[str, Any]], bytes]
     find_record: Callable[[bytes], str | bytes | None]
     open: Callable[[bytes, dict[str, Any], str, torch.device], Runtime]
+    is_program: bool = False
 
     @property
     def record_name(self) -> str:

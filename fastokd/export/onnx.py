@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from fastokd.errors import CheckpointError, MissingExtra, first_line
 from fastokd.export.formats import ExportFormat, Runtime
+from fastokd.export.preprocessing import example_images, run_on_pixels, takes_pixels
 from fastokd.export.record import KEY
 
 OPSET = 18
 """The exporter writes it without conversion, and runtimes since 2023 read it."""
 
-_MISSING = "the onnx format needs onnx, onnxscript and onnxruntime: pip install 'fastokd[export]'"
+_MISSING = "the onnx format needs onnx, onnxscript and onnxruntime: pip install -e '.[export]'"
 
 
 def _describe(architecture: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,10 +39,9 @@ def _describe(architecture: Mapping[str, Any]) -> dict[str, Any]:
 def _encode(student: nn.Module, record: dict[str, Any]) -> bytes:
     import onnx
 
-    example = torch.zeros(2, 3, *record["preprocessing"]["image_size"])
     program = torch.onnx.export(
         student,
-        (example,),
+        (example_images(record),),
         dynamo=True,
         opset_version=OPSET,
         input_names=["images"],
@@ -83,7 +83,7 @@ def _open(blob: bytes, record: dict[str, Any], where: str, device: torch.device)
     if (
         [item.name for item in (*inputs, *outputs)] != ["images", "logits"]
         or inputs[0].shape[1:] != expected
-        or inputs[0].type != "tensor(float)"
+        or inputs[0].type != ("tensor(uint8)" if takes_pixels(record) else "tensor(float)")
     ):
         images = f"images [batch, {', '.join(map(str, expected))}]"
         raise CheckpointError(f"{where} does not take {images} to logits; export it again")
@@ -96,7 +96,9 @@ def _open(blob: bytes, record: dict[str, Any], where: str, device: torch.device)
             raise CheckpointError(f"{where} cannot be run by onnxruntime: {reason}") from error
         return torch.from_numpy(logits)
 
-    return Runtime(run, torch.device("cpu"))
+    return Runtime(run_on_pixels(run, record), torch.device("cpu"))
 
 
-ONNX = ExportFormat("onnx", "student.onnx", ".onnx", 1e-4, _describe, _encode, _find_record, _open)
+ONNX = ExportFormat(
+    "onnx", "student.onnx", ".onnx", 1e-4, _describe, _encode, _find_record, _open, is_program=True
+)

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastokd.errors import CheckpointError, ConfigError, MissingExtra, first_line
+from fastokd.errors import CheckpointError, ConfigError, MissingExtra, escape, first_line
 from fastokd.export.formats import ExportFormat, Runtime, torch_runtime
 from fastokd.export.record import KEY
 from fastokd.export.weights import load_weights, strip_wrappers
 from fastokd.models import create_student
-from fastokd.models.libraries import library_network
+from fastokd.models.libraries import LIBRARIES, library_network
+from fastokd.plugins import is_loaded
 from fastokd.storage import write_atomically, write_json
 
 
@@ -55,8 +56,20 @@ def build_student(blob: bytes, record: dict[str, Any], where: str) -> nn.Module:
         CheckpointError: unknown architecture, or weights of another one.
     """
     architecture = record["architecture"]
+    _check_code(architecture["name"], where)
     name = f"the architecture {architecture}"
     return _filled(lambda: create_student(**architecture), blob, where, name)
+
+
+def _check_code(name: str, where: str) -> None:
+    """Refuse to import a module because a file names it."""
+    for network in name.partition("@")[0].split(","):
+        module, colon, _ = network.strip().partition(":")
+        if colon and module not in LIBRARIES and not is_loaded(module):
+            raise CheckpointError(
+                f"{where} is the network {escape(network)} of the module {escape(module)}; if you"
+                f" trust that code, import it first, or pass --plugin {escape(module)}"
+            )
 
 
 def _filled(build: Callable[[], nn.Module], blob: bytes, where: str, what: str) -> nn.Module:
@@ -117,7 +130,7 @@ def _describe_timm(architecture: Mapping[str, Any]) -> dict[str, Any]:
     try:
         import timm
     except ImportError:
-        raise MissingExtra("the timm format needs timm: pip install 'fastokd[timm]'") from None
+        raise MissingExtra("the timm format needs timm: pip install -e '.[timm]'") from None
     if not timm.is_model(name):  # for example a name that it would download
         fix = "install a version that has it, or use --to safetensors"
         raise ConfigError(f"timm {timm.__version__} has no model '{name}'; {fix}")

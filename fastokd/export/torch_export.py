@@ -15,6 +15,7 @@ from torch import nn
 
 from fastokd.errors import CheckpointError, first_line
 from fastokd.export.formats import ExportFormat, Runtime, torch_runtime
+from fastokd.export.preprocessing import example_images, run_on_pixels
 from fastokd.export.record import KEY
 
 _RECORD_FILE = f"{KEY}.json"
@@ -27,9 +28,8 @@ def _describe(architecture: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _encode(student: nn.Module, record: dict[str, Any]) -> bytes:
-    example = torch.zeros(2, 3, *record["preprocessing"]["image_size"])
     program = torch.export.export(
-        student, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+        student, (example_images(record),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
     )
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # contains local paths
@@ -94,9 +94,18 @@ def _open(blob: bytes, record: dict[str, Any], where: str, device: torch.device)
     except Exception as error:  # damaged bytes make the loader raise almost any exception
         reason = f"torch {torch.__version__} ({first_line(error)}); export it again"
         raise CheckpointError(f"{where} cannot be loaded by {reason}") from error
-    return torch_runtime(network, device, where)
+    runtime = torch_runtime(network, device, where)
+    return runtime._replace(run=run_on_pixels(runtime.run, record))
 
 
 TORCH_EXPORT = ExportFormat(
-    "torch-export", "student.pt2", ".pt2", 1e-4, _describe, _encode, _find_record, _open
+    "torch-export",
+    "student.pt2",
+    ".pt2",
+    1e-4,
+    _describe,
+    _encode,
+    _find_record,
+    _open,
+    is_program=True,
 )

@@ -19,6 +19,7 @@ from fastokd.models.factory import (
     list_models,
     model_name,
     register_model,
+    split_point,
 )
 from fastokd.models.libraries import is_library_name
 from fastokd.models.tracing import list_split_points
@@ -44,4 +45,5 @@ __all__ = [
     "list_split_points",
     "model_name",
     "register_model",
+    "split_point",
 ]

@@ -13,7 +13,13 @@ from fastokd.methods.method import Topology
 from fastokd.methods.modules import BranchSpec
 from fastokd.models.assembly import assemble, check_layout, check_num_classes
 from fastokd.models.branched import Backbone, BranchedModel, Peer, trunk_channels
-from fastokd.models.libraries import is_library_name, library_backbone, library_network
+from fastokd.models.libraries import (
+    is_library_name,
+    library_backbone,
+    library_network,
+    recommended_split_point,
+    suggest_library,
+)
 from fastokd.registry import Registry
 
 _FAMILIES = {
@@ -71,8 +77,8 @@ def create_model(
         num_branches: M; None for the method's default, or the number of networks named.
         aux_blocks: additional auxiliary blocks per hierarchy level (the paper's a), at least 0.
             Methods without a hierarchy ignore it.
-        at: for networks of torchvision and timm, the first module that each branch owns, see
-            ``branch_out``. Not needed for peers and a student alone.
+        at: for networks of torchvision, timm and the user, the first module that each branch owns,
+            see ``branch_out``; None for the recommended one, see ``split_point``.
         topology: "branches" (one shared trunk) or "peers" (whole networks); None for the method's
             default.
         options: options of the method's modules, see ``Method.model_options``.
@@ -123,6 +129,19 @@ def find_backbone(
         reason = f"{name} is branched as in its paper; at is for torchvision:NAME and timm:NAME"
         raise ConfigError(f"at='{at}': {reason}")
     return backbone
+
+
+def split_point(
+    name: str, method: str, num_branches: int, topology: str | None = None
+) -> str | None:
+    """The recommended split point of a library's or user's network whose branches share a trunk;
+    None for other networks and layouts. Arguments as for ``create_model``.
+    """
+    names = [part.strip() for part in name.split(",")]
+    shares_trunk = (topology or get_method(method).topologies[0]) == "branches"
+    if len(names) > 1 or not is_library_name(name) or num_branches < 2 or not shares_trunk:
+        return None
+    return recommended_split_point(name)
 
 
 def allowed_methods(name: str) -> list[str]:
@@ -188,6 +207,8 @@ def model_name(name: str) -> str:
         return name
     matches = [known for known in _models if plain(known) == plain(name)]
     if len(matches) != 1:
+        if suggestion := suggest_library(name):
+            raise ConfigError(f"unknown model '{name}'; use '{suggestion}'")
         libraries = "networks of torchvision and timm are torchvision:NAME and timm:NAME"
         raise ConfigError(f"unknown model '{name}'{did_you_mean(name, _models)}; {libraries}")
     return matches[0]

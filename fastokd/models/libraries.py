@@ -1,10 +1,12 @@
-"""Networks of torchvision and timm by name, such as "timm:convnext_tiny"; no downloads."""
+"""Networks by name of torchvision and timm, such as "timm:convnext_tiny", without downloads, and of
+the user's modules, such as "mypackage.nets:make_net".
+"""
 
 import difflib
 import functools
 import itertools
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -12,7 +14,9 @@ from torch import nn
 from fastokd.errors import ConfigError, MissingExtra, did_you_mean, first_line
 from fastokd.models.branch_out import Split, fresh_block
 from fastokd.models.branched import Backbone
+from fastokd.models.summary import forward_flops
 from fastokd.models.tracing import list_split_points
+from fastokd.plugins import plugin_network
 
 T = TypeVar("T")
 
@@ -23,22 +27,25 @@ _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 
 
 def is_library_name(name: str) -> bool:
-    """True if a model's name has the form LIBRARY:NAME."""
+    """True if a model's name has the form LIBRARY:NAME or MODULE:NAME."""
     return ":" in name
 
 
 def library_network(name: str, num_classes: int) -> nn.Module:
-    """Build "torchvision:NAME" or "timm:NAME" with fresh weights, without auxiliary classifiers.
+    """Build "torchvision:NAME" or "timm:NAME" with fresh weights, without auxiliary classifiers, or
+    "MODULE:NAME", a function or class of the user's module that takes ``num_classes``.
 
     Raises:
-        ConfigError: the name is unknown, or the library cannot build the network.
+        ConfigError: the name is unknown, or the network cannot be built.
         MissingExtra: timm is not installed.
     """
     library, _, network = name.partition(":")
-    if library not in LIBRARIES:
-        hint = did_you_mean(library, LIBRARIES)
-        raise ConfigError(f"unknown library '{library}' in model '{name}'{hint}")
-    build = _torchvision(network) if library == "torchvision" else _timm(network)
+    if library == "torchvision":
+        build = _torchvision(network)
+    elif library == "timm":
+        build = _timm(network)
+    else:
+        build = _own(name)
     try:
         try:
             return build(num_classes=num_classes)
@@ -61,22 +68,18 @@ def without_auxiliary(name: str, weights: Mapping[str, T]) -> dict[str, T]:
 def library_backbone(name: str, num_classes: int, at: str | None, split: bool = True) -> Backbone:
     """A library's network split at ``at``; each branch gets the library's initialization.
 
-    ``at`` may be None without ``split`` (several branches share the trunk), where every split point
-    gives the same student.
+    ``at`` may be None: without ``split`` (several branches share the trunk) every split point gives
+    the same student, with it the default is ``recommended_split_point``.
 
     Raises:
-        ConfigError, MissingExtra: as ``library_network`` and ``branch_out``. If ``at`` is missing,
-            the message lists the split points.
+        ConfigError, MissingExtra: as ``library_network`` and ``branch_out``.
     """
     template = _template(name, num_classes)
     if at is None:
         points = list_split_points(template)
-        if split or not points:
-            raise ConfigError(
-                f"{name} needs at (--at), the first module that each branch owns; split points:"
-                f" {', '.join(points) or 'none'}"
-            )
-        at = points[-1]
+        at = recommended_split_point(name) if split else next(reversed(points), None)
+        if at is None:
+            raise ConfigError(f"{name} has no split point: no single tensor crosses between stages")
     networks = ((library_network(name, num_classes), fresh_block) for _ in itertools.count())
     return Split(template, at).backbone(name, networks)
 
@@ -86,10 +89,68 @@ def library_split_points(name: str) -> list[str]:
     return list_split_points(_template(name, 10))
 
 
+@functools.cache
+def trunk_share(name: str, at: str) -> float:
+    """The trunk's part of the network's FLOPs at a split point, from 0 to 1."""
+    template = _template(name, 10)
+    split = Split(template, at)
+    trunk = split.backbone(name, iter([(template, fresh_block)])).build_trunk()
+    return forward_flops(trunk, split.size) / _network_flops(name, split.size)
+
+
+@functools.cache
+def _network_flops(name: str, size: tuple[int, ...]) -> int:
+    return forward_flops(_template(name, 10), size)
+
+
+@functools.cache
+def recommended_split_point(name: str) -> str | None:
+    """The split point whose trunk has nearly half of the FLOPs, as in AHBF's ImageNet ResNets;
+    whole stages (``layer3``) before parts of them (``layer3.1``). None for no split point.
+    """
+    points = library_split_points(name)
+    for depth in sorted({point.count(".") for point in points}):
+        shares = {point: trunk_share(name, point) for point in points if point.count(".") <= depth}
+        best = min(shares, key=lambda point: abs(shares[point] - 0.5))
+        if 1 / 3 <= shares[best] <= 2 / 3:
+            return best
+    return best if points else None
+
+
+def suggest_library(name: str) -> str | None:
+    """The name with its library for a plain name that torchvision or timm has."""
+    for library, find in (("torchvision", _torchvision), ("timm", _timm)):
+        try:
+            find(name)
+        except (ConfigError, MissingExtra):
+            continue
+        return f"{library}:{name}"
+    return None
+
+
 def _template(name: str, num_classes: int) -> nn.Module:
     """The network without values, if its constructor can do without them."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return library_network(name, num_classes)
+
+
+def _own(name: str) -> Callable[..., nn.Module]:
+    build: Any = plugin_network(name)
+    if build is None:
+        module = name.partition(":")[0]
+        raise ConfigError(
+            f"model '{name}': '{module}' is neither a library nor a module that can be imported"
+            f"{did_you_mean(module, LIBRARIES)}; run in the folder that holds your module, or pass"
+            " --plugin FILE.py"
+        )
+
+    def checked(num_classes: int) -> nn.Module:
+        network = build(num_classes=num_classes)
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"it returns {type(network).__name__}, not a torch.nn.Module")
+        return network
+
+    return checked
 
 
 def _torchvision(network: str) -> Callable[..., nn.Module]:
@@ -107,7 +168,7 @@ def _timm(network: str) -> Callable[..., nn.Module]:
     try:
         import timm
     except ImportError:
-        fix = "which is not installed: pip install 'fastokd[timm]'"
+        fix = "which is not installed: pip install -e '.[timm]'"
         raise MissingExtra(f"timm:{network} needs timm, {fix}") from None
     if not timm.is_model(network):
         names = timm.list_models()

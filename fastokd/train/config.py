@@ -50,14 +50,21 @@ class TrainConfig:
     )
     model: str = MODEL(
         "resnet32",
-        "Network, e.g. resnet20, torchvision:NAME or timm:NAME; peers may differ: resnet20,resnet8",
+        "Network, e.g. resnet20, torchvision:NAME, timm:NAME, or MODULE:NAME for a custom network;"
+        " peers may differ: resnet20,resnet8",
         role=TRAINED,
     )
     at: str | None = MODEL(
         None,
-        "First module that is separate for each branch (torchvision, timm networks), e.g. layer3",
-        unset="for other networks, as in the paper",
+        "First module that is separate for each branch (torchvision, timm and own networks), e.g."
+        " layer3",
+        unset="recommended; see 'fastokd models NAME'",
         role=TRAINED,
+    )
+    plugin: tuple[str, ...] = MODEL(
+        (),
+        "Python code that registers own methods, networks or datasets: FILE.py or MODULE",
+        role=EXECUTION,
     )
     method: str = METHOD("ahbf", "Distillation method", role=TRAINED)
     preset: str = METHOD(
@@ -102,7 +109,13 @@ class TrainConfig:
         {}, "Options of the method, e.g. temperature=4 lambda_ta=2", role=TRAINED | OF_METHOD
     )
     epochs: int = OPTIMIZATION(300, "Passes over the training images", ge=1, role=Role.RESUME)
-    batch_size: int = OPTIMIZATION(128, "Images per step over all processes", ge=2, role=SPEED)
+    batch_size: int = OPTIMIZATION(
+        128,
+        "Images per step over all processes; for small data 'fastokd train' uses fewer and a lower"
+        " --lr, unless one of them is given",
+        ge=2,
+        role=SPEED,
+    )
     device_batch: int | None = OPTIMIZATION(
         None,
         "Images per forward pass of a process; gradients are accumulated over the batch",

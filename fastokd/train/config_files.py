@@ -1,5 +1,6 @@
 """Configurations from YAML files and other plain values."""
 
+import dataclasses
 import inspect
 import types
 import warnings
@@ -9,6 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from fastokd import plugins
 from fastokd.errors import ConfigError, did_you_mean, first_line
 from fastokd.train.config import RETIRED, TrainConfig
 
@@ -79,3 +81,43 @@ def load_config(text: str, where: str) -> TrainConfig:
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not valid YAML: {first_line(error)}") from error
     return config_from_mapping(values or {}, where)
+
+
+def load_plugins(config: TrainConfig, user: str = "") -> TrainConfig:
+    """Import the plug-ins of a configuration, see ``fastokd.plugins.load_plugins``.
+
+    Returns:
+        The configuration with the plug-ins that were imported, which may be at other paths.
+    """
+    return dataclasses.replace(config, plugin=plugins.load_plugins(config.plugin, user))
+
+
+def completed(config: TrainConfig) -> TrainConfig:
+    """The configuration with the split point that is the default of ``at``, and the plug-ins that
+    its names come from, for other processes and versions.
+    """
+    from fastokd.models import split_point
+
+    if config.at is None:
+        at = split_point(config.model, config.method, config.num_branches(), config.topology)
+        config = dataclasses.replace(config, at=at)
+    names = (*config.model_names(), config.method, config.data.partition(":")[0], config.loader)
+    found = plugins.origins((*names, config.impl))
+    return dataclasses.replace(config, plugin=tuple(dict.fromkeys([*config.plugin, *found])))
+
+
+def load_run_plugins(config: TrainConfig, folder: Path) -> TrainConfig:
+    """``load_plugins`` for the configuration of a run, which another person may have written.
+
+    Raises:
+        ConfigError: a plug-in is a file in the run's folder, or its path is not absolute.
+    """
+    for text in config.plugin:
+        file = plugins.Plugin.parse(text).file
+        inside = file is not None and file.resolve().is_relative_to(folder.resolve())
+        if file is not None and (inside or not Path(text).is_absolute()):
+            raise ConfigError(
+                f"plug-in {text} of {folder}: code that came with a run is not loaded; if you trust"
+                " it, copy the file elsewhere and pass --plugin with its path"
+            )
+    return load_plugins(config, str(folder))

@@ -7,6 +7,7 @@ from torch import nn
 
 from fastokd.errors import ConfigError, did_you_mean
 from fastokd.export import Comparison, export_student, get_format, measure_accuracy, student_record
+from fastokd.export.files import check_preprocessing
 from fastokd.methods import get_method
 from fastokd.models import create_student, is_library_name, model_name
 from fastokd.train.build import model_layout
@@ -35,6 +36,7 @@ def export_run(
     branch: str | None = None,
     data: str | None = None,
     device: str = "auto",
+    with_preprocessing: bool = False,
 ) -> ExportedRun:
     """Write the student of a run in a format, with a record, and verify it on the run's images.
 
@@ -44,6 +46,7 @@ def export_run(
         which: "last" or "best" checkpoint.
         branch: another branch than the student, by number or name.
         data: another dataset for the verification.
+        with_preprocessing: see ``export_student``.
 
     Raises:
         CheckpointError: the run cannot be loaded, or the export failed verification.
@@ -53,6 +56,7 @@ def export_run(
     config = folder.load_config()
     index = None if branch is None else _branch_index(branch, config.num_branches())
     # An impossible format is refused before the images are read.
+    check_preprocessing(to, with_preprocessing)
     form.describe({"name": _network_name(config, index)})
     run = load_run(path, which, data, device)
     model = run.evaluator.model
@@ -75,7 +79,13 @@ def export_run(
         },
     )
     target, comparison = export_student(
-        student, record, to, out or path / "export", run.loader, run.evaluator.device
+        student,
+        record,
+        to,
+        out or path / "export",
+        run.loader,
+        run.evaluator.device,
+        with_preprocessing,
     )
     count = sum(value.numel() for value in student.parameters())
     return ExportedRun(target, form.record_name, name, count, comparison, form.tolerance)

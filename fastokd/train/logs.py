@@ -118,7 +118,7 @@ class MetricSink:
 
 
 def _missing(name: str) -> MissingExtra:
-    return MissingExtra(f"--log-to {name} needs {name}: pip install 'fastokd[{name}]'")
+    return MissingExtra(f"--log-to {name} needs {name}: pip install -e '.[{name}]'")
 
 
 class _TensorBoard:

@@ -14,7 +14,7 @@ class RunIsFinished(ConfigError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a run; the message says how to resume it."""
+    """The run was stopped by Ctrl-C; the message says how to resume it."""
 
 
 @dataclass(frozen=True)

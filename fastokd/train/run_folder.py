@@ -35,7 +35,7 @@ from fastokd.storage import (
 )
 from fastokd.train.checkpoint import checkpoint_files
 from fastokd.train.config import TrainConfig
-from fastokd.train.config_files import read_config
+from fastokd.train.config_files import load_run_plugins, read_config
 from fastokd.train.logs import csv_text
 from fastokd.version import __version__
 
@@ -164,8 +164,8 @@ class RunFolder:
             remove_temporaries(path)
 
     def load_config(self) -> TrainConfig:
-        """The run's configuration."""
-        return read_config(self.config_path)
+        """The run's configuration; its plug-ins are imported."""
+        return load_run_plugins(read_config(self.config_path), self.path)
 
     def save_config(self, config: TrainConfig) -> None:
         """Write the run's configuration."""

@@ -4,8 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from fastokd.train.batches import BatchChoice
 from fastokd.train.checkpoint import checkpoint_files
 from fastokd.train.config import TrainConfig
+from fastokd.train.config_files import completed
 from fastokd.train.distributed import Ranks, from_main
 from fastokd.train.initial import check_initial
 from fastokd.train.progress import Reporter
@@ -24,7 +26,7 @@ def begin_run(
     resume: bool = False,
     allow_config_change: bool = False,
     signals: StopSignals | None = None,
-    largest_batch: int | None = None,
+    batch_choice: BatchChoice = None,
 ) -> Trainer:
     """A trainer for a new run.
 
@@ -33,25 +35,28 @@ def begin_run(
         resume: if the folder already holds a run, resume it with this configuration.
         allow_config_change: see ``Trainer.resume``.
         signals: the process's signal handlers, if it has installed some.
-        largest_batch: see ``Trainer``. A resumed run keeps its batch size.
+        batch_choice: see ``choose_batch``. A resumed run keeps its batch size.
 
     Raises:
         ConfigError: a setting is wrong, or the folder is not empty.
         StorageError: the folder cannot be created or written.
     """
     check_config(config)
+    config = completed(config)
     default = Path("runs") / name if resume else default_run_path(name)
     folder = from_main(default if out is None else Path(out))
     if resume and from_main(bool(checkpoint_files(RunFolder(folder).checkpoints))):
         changes = dict(vars(config))
-        if largest_batch is not None:
+        if batch_choice is not None:
             del changes["batch_size"]
+        if batch_choice == "data":
+            del changes["lr"]
         return resume_run(folder, reporter, allow_config_change, signals, **changes)
     check_initial(config)
     is_main = Ranks.current().is_main
     run = RunFolder.create(folder) if is_main else RunFolder(folder)
     try:
-        trainer = Trainer(config, run, reporter, signals=signals, largest_batch=largest_batch)
+        trainer = Trainer(config, run, reporter, signals=signals, batch_choice=batch_choice)
         trainer.start()
     except BaseException:
         if is_main:
@@ -79,6 +84,7 @@ def resume_run(
         run.lock()
     config = dataclasses.replace(run.load_config(), **changes)
     check_config(config)  # before a large checkpoint is read
+    config = completed(config)
     state, _ = newest_checkpoint(run, reporter.print)
     trainer = Trainer(config, run, reporter, saved_data=state["data"], signals=signals)
     trainer.resume(state, allow_config_change)

@@ -19,7 +19,7 @@ from fastokd.models.libraries import LIBRARIES, library_network, without_auxilia
 from fastokd.train.build import before_teaching, build_model, is_before_teaching
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig
-from fastokd.train.config_files import load_config
+from fastokd.train.config_files import load_config, load_run_plugins
 from fastokd.train.data import AnyDataset
 from fastokd.train.pretrained import pretrained_weights
 from fastokd.train.weight_files import fingerprint, read_file, unwrapped
@@ -252,6 +252,7 @@ def read_network(path: Path) -> tuple[nn.Module, Sequence[str], Mapping[str, Any
     state = load_checkpoint(path)
     classes = state["classes"]
     config = load_config(state["config"], f"the configuration in {path}")
+    config = load_run_plugins(config, path.parent)
     if is_before_teaching(config, state):
         config = before_teaching(config)
     with torch.random.fork_rng(devices=[]):

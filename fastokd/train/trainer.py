@@ -17,6 +17,7 @@ from fastokd.data.dataset import split_off
 from fastokd.errors import Preempted, first_line, summarize
 from fastokd.export import student_record, write_student
 from fastokd.storage import write_json
+from fastokd.train.batches import BatchChoice, choose_batch, describe_batches
 from fastokd.train.build import is_before_teaching
 from fastokd.train.cadence import Cadence, Due
 from fastokd.train.checkpoint import (
@@ -56,7 +57,7 @@ from fastokd.train.guard import NonFinite
 from fastokd.train.initial import normalization_of, read_initial, with_absolute_weights
 from fastokd.train.late_teaching import build_step, check_late_teaching, check_same_phase
 from fastokd.train.logs import MetricSink, check_sinks, open_sinks
-from fastokd.train.memory import describe_memory, fit_batch_size, is_out_of_memory, out_of_memory
+from fastokd.train.memory import describe_memory, is_out_of_memory, out_of_memory
 from fastokd.train.outcome import Interrupted, NonFiniteLoss, RunIsFinished, Summary
 from fastokd.train.progress import EpochProgress, Reporter, Throughput
 from fastokd.train.randomness import be_deterministic, random_state, set_random_state
@@ -70,7 +71,7 @@ from fastokd.train.runs import (
     resume_hint,
     run_identity,
 )
-from fastokd.train.signals import StopSignals
+from fastokd.train.signals import StopSignals, signal_name
 from fastokd.train.step import Evaluation
 from fastokd.train.teacher import check_teacher, open_teacher, with_absolute_teacher
 
@@ -91,8 +92,7 @@ class Trainer:
         dataset: the run's dataset; None to open it.
         saved_data: ``data_record`` from the checkpoint of a resumed run; None for a new run.
         signals: signal handlers that are already installed; None to install new ones in ``run``.
-        largest_batch: choose the largest batch size that fits the memory, up to this (see
-            ``fit_batch_size``); None for the batch size of the configuration.
+        batch_choice: how to choose the batch size; None for that of the configuration.
 
     Attributes:
         epoch, done: finished epochs, and finished steps of the current epoch.
@@ -109,7 +109,7 @@ class Trainer:
         dataset: AnyDataset | None = None,
         saved_data: Mapping[str, Any] | None = None,
         signals: StopSignals | None = None,
-        largest_batch: int | None = None,
+        batch_choice: BatchChoice = None,
     ) -> None:
         check_config(config)
         check_sinks(config.log_to)
@@ -117,7 +117,7 @@ class Trainer:
         config = with_absolute_weights(with_absolute_teacher(config))
         self.run_folder, self.reporter, self._saved_data = run, reporter, saved_data
         self.ranks = Ranks.current()
-        if largest_batch is None:
+        if batch_choice is None:
             share_of_batch(config, self.ranks)  # raises errors before images are read
         if self.ranks.is_main:
             reporter.attach_log(run.log_path)
@@ -129,9 +129,8 @@ class Trainer:
                 dataset = open_data(config, self.device, saved_data, reporter.decoding)
         self.dataset = prepared(config, dataset, saved_data, normalization_of(config, initial))
         self.teacher = teacher = open_teacher(config, self.dataset, self.device)
-        if largest_batch is not None:
-            size, reason = fit_batch_size(config, self.dataset, self.device, teacher, largest_batch)
-            config = dataclasses.replace(config, batch_size=size)
+        config, reason = choose_batch(config, self.dataset, self.device, teacher, batch_choice)
+        if reason:
             reporter.info(reason)
         self.config = config
         if config.teach_epoch():
@@ -271,8 +270,8 @@ class Trainer:
         """Train until ``until`` epochs are finished (None: all). Another call continues.
 
         Raises:
-            Interrupted: Ctrl-C; the last checkpoint is intact.
-            Preempted: SIGTERM or SIGUSR1; a checkpoint of the current step was written.
+            Interrupted: Ctrl-C; a checkpoint of the current step was written.
+            Preempted: the same for SIGTERM or SIGUSR1.
             NonFiniteLoss: the loss became NaN or infinite.
             StorageError: the disk refused a write.
         """
@@ -282,7 +281,7 @@ class Trainer:
         records = self.run_folder.read_metrics()
         self.reporter.start_run(self.student_name, records)
         try:
-            with self.signals:
+            with self.signals, self.signals.interrupts():
                 self.sinks = open_sinks(
                     self.config.log_to if self.ranks.is_main else (),
                     self.run_folder.path,
@@ -291,10 +290,8 @@ class Trainer:
                     self.reporter.print,
                 )
                 self._fit(self.config.epochs if until is None else min(until, self.config.epochs))
-        except KeyboardInterrupt:
-            hint = resume_hint(self.run_folder, self.config.batch_size)
-            message = f"interrupted in epoch {self.epoch + 1}; {hint}"
-            self.reporter.log(message)
+        except KeyboardInterrupt as error:  # or outside the main thread, without a message
+            self.reporter.log(message := str(error) or self._stopped())
             raise Interrupted(message) from None
         except BaseException as error:
             self.reporter.log(f"{type(error).__name__}: {first_line(error)}")
@@ -490,10 +487,12 @@ class Trainer:
         received = max(gather_states(self.signals.received))
         # The exchanges wait until the checkpoint is written: if one process exits, a launcher kills
         # the others.
-        message = f"stopped by {signal.Signals(received).name}; " if self.ranks.is_main else ""
-        raise Preempted(
-            from_main(message and message + resume_hint(self.run_folder, self.config.batch_size))
-        )
+        kind = Interrupted if received == signal.SIGINT else Preempted
+        raise kind(from_main(self._stopped(received) if self.ranks.is_main else ""))
+
+    def _stopped(self, number: int = signal.SIGINT) -> str:
+        hint = resume_hint(self.run_folder, self.config.batch_size)
+        return f"stopped by {signal_name(number)}; {hint}"
 
     def _save(self, record: dict[str, Any] | None = None, is_best: bool = False) -> None:
         """Write a checkpoint of a finished epoch with its record, or of a step within an epoch."""
@@ -584,7 +583,8 @@ class Trainer:
         info(describe_data(data))
         info(explain_loader(config, data, self.device, self._saved_data))
         info(f"step: {step.options.describe()}; {step.share.describe()}")
-        for note in step.notes:
+        batches = describe_batches(config, self._num_trained, len(self.train_loader), step.share)
+        for note in (*batches, *step.notes):
             info(note)
         if self.reporter.shows_info:  # the estimate takes a second
             for line in describe_memory(config, data, self.device, self.teacher):

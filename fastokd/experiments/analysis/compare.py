@@ -266,7 +266,7 @@ def paired_test(errors: Mapping[int, float], others: Mapping[int, float]) -> Pai
     try:
         from scipy.stats import ttest_rel
     except ImportError:
-        return PairedTest(differences, None, "needs scipy: pip install 'fastokd[plots]'")
+        return PairedTest(differences, None, "needs scipy: pip install -e '.[plots]'")
     result = ttest_rel([errors[seed] for seed in seeds], [others[seed] for seed in seeds])
     return PairedTest(differences, float(result.pvalue))
 

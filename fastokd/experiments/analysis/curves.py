@@ -73,10 +73,10 @@ def training_figures(groups: Groups, title: str, formats: Sequence[str]) -> Iter
         terms = [_Panel(name, "train", name) for name in names]
         shows = "training loss, and its terms before they are weighted"
         yield _figure("loss", title, shows, terms, groups, formats)
-    schedule = [
-        _Panel("learning rate", None, "lr", logarithmic=True),
-        _Panel("ramp-up (kd_weight)", None, "kd_weight"),
-    ]
+    schedule = [_Panel("learning rate", None, "lr", logarithmic=True)]
+    ramp_up = _Panel("ramp-up (kd_weight)", None, "kd_weight")
+    if any(map(ramp_up.curves, groups.values())):
+        schedule.append(ramp_up)
     yield _figure("schedule", title, "schedules", schedule, groups, formats)
     throughput = [
         _Panel("training, images/s", None, "images_per_second"),

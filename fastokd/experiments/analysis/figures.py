@@ -17,7 +17,7 @@ def require_matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise MissingExtra("drawing needs matplotlib: pip install 'fastokd[plots]'") from None
+        raise MissingExtra("drawing needs matplotlib: pip install -e '.[plots]'") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot
 

@@ -24,7 +24,8 @@ th, td { padding: .3rem .7rem; border: 1px solid var(--line); text-align: right;
   vertical-align: top; }
 thead th { background: var(--head); vertical-align: bottom; } th:first-child { text-align: left;
   } tbody th { font-weight: 500; }
-img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem; }
+figure { margin: 1rem 0; }
+img { width: 100%; height: auto; background: #fff; border-radius: .3rem; }
 details { margin: .4rem 0; } summary { cursor: pointer; } footer { margin-top: 2.5rem; }
 @media print {
   @page { size: landscape; margin: 12mm; }
@@ -32,7 +33,8 @@ details { margin: .4rem 0; } summary { cursor: pointer; } footer { margin-top: 2
   body { max-width: none; padding: 0; font-size: 10pt; } table { font-size: 7.5pt; }
     th, td { padding: .15rem .3rem; }
   .scroll { overflow: visible; } img, tr { break-inside: avoid; }
-    h2, h3, caption { break-after: avoid; } img { max-height: 165mm; }
+    h2, h3, caption { break-after: avoid; } img { width: auto; max-width: 100%;
+    max-height: 165mm; }
 }
 """
 
@@ -77,4 +79,5 @@ def bullets(lines: Sequence[str]) -> str:
 def image(content: bytes, description: str) -> str:
     """An SVG figure embedded in the page, with a text for readers who cannot see it."""
     data = base64.b64encode(content).decode()
-    return f'<p><img alt="{escape(description)}" src="data:image/svg+xml;base64,{data}"></p>\n'
+    source = f"data:image/svg+xml;base64,{data}"
+    return f'<figure><img alt="{escape(description)}" src="{source}"></figure>\n'

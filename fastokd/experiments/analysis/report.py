@@ -10,17 +10,22 @@ from fastokd.errors import first_line
 from fastokd.experiments.analysis.compare import Comparison
 from fastokd.experiments.analysis.curves import overview_figures, training_figures
 from fastokd.experiments.analysis.page import bullets, image, page, remarks_section, section
-from fastokd.experiments.analysis.runs import Group, Run, config_differences, title
+from fastokd.experiments.analysis.runs import Group, Run, config_differences, curve_records, title
 from fastokd.experiments.analysis.tables import Table
+from fastokd.experiments.analysis.verdict import headline
+from fastokd.train.compute import is_alone
+from fastokd.train.config import fields_with_role
+from fastokd.train.fields import Role
 
 
 def report_page(groups: Sequence[Group], comparison: Comparison) -> str:
     """The page, which needs no other file and no network; ``comparison`` is of these groups."""
-    records = {group.label: [run.records for run in group.runs] for group in groups}
+    records = {group.label: curve_records(group) for group in groups}
     drawings = (overview_figures, training_figures)
     figures = (each for draw in drawings for each in draw(records, title(groups), ["svg"]))
     curves = "".join(_figure(each.title, each.files["svg"], each.description) for each in figures)
     parts = [
+        "".join(f"<p><strong>{escape(line)}.</strong></p>\n" for line in headline(comparison)),
         remarks_section(comparison.remarks),
         section("Comparison", "".join(table.as_html() for table in comparison.tables())),
         section("Configurations", _configurations(groups)),
@@ -39,12 +44,32 @@ def _figure(title: str, content: bytes, description: str) -> str:
 
 
 def _configurations(groups: Sequence[Group]) -> str:
-    differing = config_differences([group.config for group in groups])
+    differing = {
+        name: cells
+        for name, values in config_differences([group.config for group in groups]).items()
+        if len(
+            set(
+                cells := [
+                    _cell(group, name, value) for group, value in zip(groups, values, strict=True)
+                ]
+            )
+        )
+        > 1
+    }
     if not differing:
         return "<p>The configurations are the same but for the seed.</p>\n"
     head = ("field", *(group.label for group in groups))
     rows = tuple((name, *values) for name, values in differing.items())
     return Table("What differs between the configurations", head, rows).as_html()
+
+
+_OF_BRANCHES = {*fields_with_role(Role.TRAINED | Role.OF_METHOD)} - {"model", "method"}
+"""Fields that a student trained alone does not use."""
+
+
+def _cell(group: Group, field: str, value: str) -> str:
+    unused = field in _OF_BRANCHES and is_alone(group.config)
+    return "-" if unused and field != "method_options" else value
 
 
 MOST_CELLS = 3000

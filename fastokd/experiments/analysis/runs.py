@@ -247,6 +247,15 @@ def config_differences(configs: Sequence[TrainConfig]) -> dict[str, list[str]]:
     return {name: values for name, values in columns.items() if len(set(values)) > 1}
 
 
+def curve_records(group: Group) -> list[list[dict[str, Any]]]:
+    """The records of each run for curves, without ``kd_weight`` if the method has no ramp-up."""
+    without = () if group.config.ramp_length() else ("kd_weight",)
+    return [
+        [{name: record[name] for name in record if name not in without} for record in run.records]
+        for run in group.runs
+    ]
+
+
 def _label(config: TrainConfig, configs: Sequence[TrainConfig]) -> str:
     name = f"{config.model} {config.method}"
     same = [other for other in configs if f"{other.model} {other.method}" == name]

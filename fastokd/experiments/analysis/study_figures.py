@@ -152,7 +152,7 @@ def _embed(points: Tensor) -> Tensor:
     try:
         from sklearn.manifold import TSNE
     except ImportError:
-        raise MissingExtra("t-SNE needs scikit-learn: pip install 'fastokd[plots]'") from None
+        raise MissingExtra("t-SNE needs scikit-learn: pip install -e '.[plots]'") from None
     count = len(points)
     if count < 4 or not points.var(0).any():
         raise _Undrawable(

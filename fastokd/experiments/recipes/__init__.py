@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from fastokd import plugins
 from fastokd.errors import ConfigError
 from fastokd.experiments.recipes.recipe import DATASETS, Published, Recipe, by_name
 
@@ -52,6 +53,7 @@ class Group(NamedTuple):
 
 def recipe_groups() -> list[Group]:
     """All recipes, module by module."""
+    plugins.load_installed()
     groups = []
     for module in map(importlib.import_module, _modules):
         heading, _, about = (inspect.getdoc(module) or module.__name__).partition("\n\n")

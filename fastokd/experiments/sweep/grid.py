@@ -24,6 +24,7 @@ _OWN_OPTIONS = {
     "seed": "use --seeds N, for seeds 0 to N-1",
     "device": "use --devices",
     "data": "use --data; runs on other data cannot be compared",
+    "plugin": "use --plugin",
 }
 """Fields that have separate options on the command line."""
 

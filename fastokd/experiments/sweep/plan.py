@@ -18,6 +18,7 @@ from fastokd.experiments.sweep.queue import Job, Outcome, Queue
 from fastokd.experiments.sweep.results import Measured, measure
 from fastokd.storage import storage_error, write_json, write_text
 from fastokd.train.config import TrainConfig, differences
+from fastokd.train.config_files import completed
 from fastokd.train.data import AnyDataset, open_data
 from fastokd.train.initial import check_initial
 from fastokd.train.progress import Counter
@@ -243,7 +244,8 @@ class Results(ABC):
 
 
 def plan_runs(out: Path, row: str, config: TrainConfig, seeds: Iterable[int]) -> tuple[Job, ...]:
-    """The runs of a row of the results, one for each seed."""
+    """The runs of a row of the results, one for each seed, see ``completed``."""
+    config = completed(config)
     return tuple(
         Job(out / "runs" / f"{row}-seed{seed}", replace(config, seed=seed)) for seed in seeds
     )

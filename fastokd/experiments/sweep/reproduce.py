@@ -121,9 +121,10 @@ def plan_reproduction(
     epochs: int | None,
     values: Values,
     out: Path | None,
+    plugin: tuple[str, ...] = (),
 ) -> Reproduction:
     """Plan the runs of a table. Arguments are those of ``fastokd reproduce``, where None and empty
-    are the defaults; ``values`` has one value for each field.
+    are the defaults; ``values`` has one value for each field, and ``plugin`` loaded plug-ins.
 
     Raises:
         ConfigError: an unknown table or row, several values of a field, or an invalid
@@ -150,8 +151,9 @@ def plan_reproduction(
     chosen, configs, jobs = [], {}, {}
     for key, recipe in table.recipes.items():
         config = recipe.config if epochs is None else scaled(recipe.config, epochs)
-        configs[key] = config = replace(override(config, fields_of(changes)), data=data)
+        config = replace(override(config, fields_of(changes)), data=data, plugin=plugin)
         check_config(config)
+        configs[key] = config
         runs = _existing_seeds(out, key)
         if not rows or any(fnmatch.fnmatchcase(key, pattern) for pattern in rows):
             chosen.append(key)

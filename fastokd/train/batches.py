@@ -1,0 +1,107 @@
+"""The number of steps that a batch size leaves, advice about it, and the defaults of small data."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+
+from fastokd.train.config import TrainConfig
+from fastokd.train.data import AnyDataset
+from fastokd.train.distributed import BatchShare, Ranks
+from fastokd.train.memory import fit_batch_size
+from fastokd.train.teacher import Teacher
+
+BatchChoice = int | Literal["data"] | None
+"""How a new run chooses its batch size, see ``choose_batch``."""
+
+FEW_STEPS = 20
+"""Fewer steps per epoch train slowly: the learning rate decays before the weights have moved."""
+FEW_IMAGES = 16
+"""Fewer images give batch norm noisy statistics."""
+LITTLE_TEACHING = 0.1
+"""A largest ``kd_weight`` below this leaves the branches nearly untaught."""
+
+
+def choose_batch(
+    config: TrainConfig,
+    dataset: AnyDataset,
+    device: torch.device,
+    teacher: Teacher | None,
+    choice: BatchChoice,
+) -> tuple[TrainConfig, str]:
+    """The configuration with the chosen batch size, and a line about it or "".
+
+    Args:
+        choice: a number: the largest batch up to this that fits the memory, see ``fit_batch_size``;
+            "data": see ``small_data_defaults``; None: the configuration's.
+    """
+    if choice is None:
+        return config, ""
+    if choice == "data":
+        return small_data_defaults(config, len(dataset.train))
+    size, reason = fit_batch_size(config, dataset, device, teacher, choice)
+    return dataclasses.replace(config, batch_size=size), reason
+
+
+def small_data_defaults(config: TrainConfig, num_images: int) -> tuple[TrainConfig, str]:
+    """The configuration with a smaller batch size for few images, and a line about it.
+
+    The batch is halved, to 16 at least, until an epoch has 20 steps; the learning rate is scaled
+    with it. Both stay, and the line is "", if there are enough images or the processes do not
+    divide the smaller batch.
+    """
+    size, ranks = config.batch_size, Ranks.current().size
+    while num_images // size < FEW_STEPS and size % 2 == 0 and size // 2 >= FEW_IMAGES:
+        if size // 2 % ranks or size // 2 // ranks < 2:
+            break
+        size //= 2
+    if size == config.batch_size:
+        return config, ""
+    lr = config.lr * size / config.batch_size
+    return (
+        dataclasses.replace(config, batch_size=size, lr=lr),
+        f"few images: batch size {size} and learning rate {lr:g} instead of {config.batch_size} and"
+        f" {config.lr:g}; set them with --batch-size and --lr",
+    )
+
+
+def describe_batches(
+    config: TrainConfig, num_images: int, steps: int, share: BatchShare
+) -> Iterator[str]:
+    """The steps per epoch and dropped images, and advice where the batch or the ramp-up does not
+    suit the run.
+
+    Args:
+        num_images: training images.
+        steps: steps per epoch.
+        share: of the process in a batch.
+    """
+    dropped = num_images - steps * config.batch_size
+    images = f"; {dropped} of {num_images} images, others in each epoch, are dropped" * (
+        dropped > 0
+    )
+    yield f"{steps} step{'s' * (steps != 1)} per epoch of {config.batch_size} images{images}"
+    if steps < FEW_STEPS:
+        smaller = config.batch_size
+        while num_images // smaller < FEW_STEPS and smaller >= 2 * FEW_IMAGES:
+            smaller //= 2
+        fix = "train more --epochs"
+        if smaller < config.batch_size:
+            lr = config.lr * smaller / config.batch_size
+            fix = f"try --batch-size {smaller} --lr {lr:.3g}, and more --epochs"
+        yield f"advice: an epoch has fewer than {FEW_STEPS} steps; {fix} (docs/small-data.md)"
+    largest = config.kd_weight_at(config.epochs - 1)
+    if config.ramp_length() and largest < LITTLE_TEACHING:
+        yield (
+            f"advice: kd_weight only reaches {largest:.2g} in {config.epochs} epochs, so the"
+            " branches hardly teach; train more --epochs, or pass --ramp-epochs 0"
+        )
+    if share.device_batch < FEW_IMAGES and not (config.sync_bn and share.processes > 1):
+        whose = "each process normalizes" if share.processes > 1 else "batch norm normalizes"
+        several = "pass --sync-bn True, or " if share.processes > 1 else "use "
+        part = "--device-batch" if share.accumulate > 1 else "--batch-size"
+        yield (
+            f"advice: {whose} over {share.device_batch} images, which is few; {several}a larger"
+            f" {part}"
+        )
