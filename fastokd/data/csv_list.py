@@ -12,8 +12,8 @@ import torch
 
 from fastokd.data.dataset import DataSource, invalid
 from fastokd.data.files import FileSplit, cannot_read, from_splits
-from fastokd.data.folder import SPLIT_OF, SPLITS
 from fastokd.data.kinds import DatasetKind
+from fastokd.data.split_names import SPLIT_OF, SPLITS
 from fastokd.errors import DataError, escape
 
 SUFFIXES = (".csv", ".tsv")

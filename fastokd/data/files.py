@@ -164,16 +164,15 @@ def from_splits(
     classes: Sequence[str],
     splits: Mapping[str, FileSplit],
     root: Path,
-    ignored_files: int = 0,
+    skipped: Sequence[str] = (),
 ) -> DataSource[FileSplit]:
     """The dataset of these splits. Without "test", runs are evaluated on "val"."""
     test, val = splits.get("test"), splits.get("val")
     if test is None:
         test, val = val, None
     train = splits["train"]
-    return DataSource(
-        name, tuple(classes), train, test, val, root=root, ignored_files=ignored_files
-    )
+    classes, skipped = tuple(classes), tuple(skipped)
+    return DataSource(name, classes, train, test, val, root=root, skipped=skipped)
 
 
 def cannot_read(path: Path | str, error: OSError) -> DataError:

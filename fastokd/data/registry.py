@@ -151,7 +151,7 @@ def list_files(
         augment=augment or source.augment or files.customary_augment(size),
         image_size=size,
         root=source.root,
-        ignored_files=source.ignored_files,
+        skipped=source.skipped,
     )
 
 
