@@ -36,6 +36,7 @@ PROBLEMS = {
     "unreadable": "cannot be opened",
     "permission": "cannot be opened: permission denied",
     "truncated": "ends before its pixels do",
+    "damaged": "a checksum is wrong",
     "not an image": "no format that can be decoded",
     "too large": "more pixels than a decoder accepts; scale it down",
     "empty class": "a class folder without images",
@@ -248,7 +249,8 @@ def look_at(image: Image) -> Look:
         reason = reason_of(error)
         signs = ("truncated", "broken data stream", "not enough", "unexpected end")
         cut = any(sign in reason.lower() for sign in signs)
-        return Look((("truncated" if cut else "not an image", escape(reason)),))
+        broken = "damaged" if reason.startswith("damaged") else "not an image"
+        return Look((("truncated" if cut else broken, escape(reason)),))
     findings = []
     named = PIL.registered_extensions().get(os.path.splitext(image.name)[1].lower())
     # A JPEG with further images in it, as phones write them, still counts as JPEG.

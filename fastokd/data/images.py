@@ -1,4 +1,4 @@
-"""Decoding of image files and arrays into one uint8 tensor: color, orientation, size, memory."""
+"""Decoding of image files and arrays into one uint8 tensor: size and memory."""
 
 import contextlib
 import os
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from fastokd.data.dataset import invalid
+from fastokd.data.decoding import EXTENSIONS as EXTENSIONS
+from fastokd.data.decoding import central_part
+from fastokd.data.decoding import decode as decode
 from fastokd.errors import ConfigError, DataError, escape, summarize
 from fastokd.storage import available_memory
 
@@ -21,9 +24,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
-EXTENSIONS = frozenset(
-    {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
-)
 MEMORY_FRACTION = 0.5
 _CHUNK = 64
 
@@ -50,42 +50,15 @@ def check_image_size(image_size: int | None) -> None:
         raise ConfigError(f"image_size={image_size}: must be 1 or more pixels")
 
 
-def decode(path: str | Path | BytesIO) -> "Image.Image":
-    """Decode an image file or its bytes, of any format, into an upright 8-bit RGB image.
-
-    Grayscale, palette and CMYK images are converted; transparency is dropped; 16-bit grayscale
-    keeps its high byte, as Pillow does for 16-bit color; EXIF orientation is applied; the first
-    frame of an animation is used.
-
-    Raises:
-        Exception: any exception of Pillow, for a file that is missing, truncated, not an image, or
-            extremely large.
-    """
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as file:
-        file.load()
-        image: Image.Image = file
-        if file.getexif().get(0x0112, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        # Pillow clips 16-bit grayscale at 255 when it converts to RGB, and knows no range for
-        # 32-bit integers and floats.
-        if image.mode.startswith("I;16") or (image.mode == "I" and file.format in ("PNG", "PPM")):
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
-        elif image.mode in ("I", "F"):
-            raise ValueError(f"{image.mode}-mode pixels (32 bits) have no defined 8-bit range")
-        elif image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")
-        return image if image.mode == "RGB" else image.convert("RGB")
-
-
 def fit(image: "Image.Image", size: int) -> "Image.Image":
     """Scale the shorter side to ``size``, antialiased, then crop the central square."""
     from PIL import Image
 
-    width, height = image.size
-    if (width, height) == (size, size):
+    if image.size == (size, size):
         return image
+    if (part := central_part(*image.size)) != (0, 0, *image.size):
+        image = image.crop(part)
+    width, height = image.size
     shorter = min(width, height)
     width, height = size * width // shorter, size * height // shorter
     image = image.resize((width, height), Image.Resampling.BILINEAR)
