@@ -106,6 +106,14 @@ def tiff(levels: np.ndarray, bits: int, photometric: int = 1) -> bytes:
     return struct.pack("<2sHI", b"II", 42, 8 + len(packed)) + packed + ifd + bytes(4)
 
 
+def premultiplied() -> bytes:
+    """A TIFF file with the tag ExtraSamples set to associated alpha."""
+    content = saved(in_mode("RGBa").convert("RGBA"), "TIFF")
+    entry, value = struct.pack("<HHI", 338, 3, 1), struct.pack("<H", 2)
+    assert content.count(entry + value) == 1
+    return content.replace(entry + value, entry + struct.pack("<H", 1))
+
+
 def special_files() -> dict[str, bytes]:
     gray = np.tile(np.linspace(0, 255, 64).astype(int), (64, 1))
     rgb = np.asarray(BASE.resize((64, 64)))
@@ -122,7 +130,7 @@ def special_files() -> dict[str, bytes]:
         "tiff-16": tiff(gray * 257, 16),
         "tiff-16-inverted": tiff(gray * 257, 16, photometric=0),
         "tiff-12-inverted": tiff(gray * 4095 // 255, 12, photometric=0),
-        "tiff-premultiplied": saved(in_mode("RGBa").convert("RGBA"), "TIFF", tiffinfo={338: 1}),
+        "tiff-premultiplied": premultiplied(),
         "ppm-maxval-100": b"P6\n64 64\n100\n"
         + (rgb.astype(int) * 100 // 255).astype("u1").tobytes(),
         "pgm-maxval-1000": b"P5\n64 64\n1000\n" + (gray * 1000 // 255).astype(">u2").tobytes(),

@@ -24,6 +24,7 @@ from fastokd.data.augment import Augment
 from fastokd.data.cache import Cache, Entry
 from fastokd.data.dataset import DataSource, Split, SplitSet, invalid
 from fastokd.data.images import Progress, corrupt_files_error, try_decode_all
+from fastokd.data.text import check_class_names, decode_text, readable
 from fastokd.errors import ConfigError, DataError, did_you_mean, escape, summarize
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -171,6 +172,7 @@ def from_splits(
     if test is None:
         test, val = val, None
     train = splits["train"]
+    check_class_names(classes, root)
     classes, skipped = tuple(classes), tuple(skipped)
     return DataSource(name, classes, train, test, val, root=root, skipped=skipped)
 
@@ -182,18 +184,16 @@ def cannot_read(path: Path | str, error: OSError) -> DataError:
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a UTF-8 text that are not empty, stripped.
+    """The lines of a text that are not empty, stripped.
 
     Raises:
         DataError: it cannot be read or decoded.
     """
     try:
-        lines = map(str.strip, file.read_text(encoding="utf-8-sig").splitlines())
-        return [line for line in lines if line]
+        text = decode_text(file.read_bytes(), file)
     except OSError as error:
         raise cannot_read(file, error) from error
-    except UnicodeDecodeError:
-        raise invalid(file, "cannot be read: it is not UTF-8 text") from None
+    return [line for line in map(str.strip, readable(text, file).splitlines()) if line]
 
 
 def check_finished(root: Path) -> None:
