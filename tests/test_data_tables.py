@@ -128,7 +128,7 @@ def test_unknown_heading_is_refused_with_its_names(tmp_path, images):
 @pytest.mark.parametrize(
     ("labels", "named"),
     [
-        (("0", "0.0"), "'0' and '0.0'"),
+        (("0", "00"), "'0' and '00'"),
         (("1", "01"), "'01' and '1'"),
         (("1e3", "1000"), "'1000' and '1e3'"),
         (("Cat", "cat"), "'Cat' and 'cat'"),
@@ -146,6 +146,19 @@ def test_spellings_of_one_class_are_refused(tmp_path, images, labels, named):
         (tmp_path / "tree" / label).mkdir(parents=True)
         (tmp_path / "tree" / label / "0.png").write_bytes(BUFFER.getvalue())
     with pytest.raises(DataError, match=named):
+        list_files(tmp_path / "tree", val_split=0.25)
+
+
+def test_whole_numbers_with_decimals_are_read_with_a_warning(tmp_path, images):
+    labels = ["0", "1", "0.0", "1.0", "0.00", "1", "0", "1"]
+    with pytest.warns(UserWarning, match=r"read 0.0 as 0, 0.00 as 0, 1.0 as 1"):
+        found = read(tmp_path, lines(list(zip(images, labels, strict=True))))
+    assert [found[name] for name in images] == ["0", "1"] * 4
+    (tmp_path / "tree" / "0").mkdir(parents=True)
+    (tmp_path / "tree" / "0.0").mkdir()
+    for label in ("0", "0.0"):
+        (tmp_path / "tree" / label / "a.png").write_bytes(BUFFER.getvalue())
+    with pytest.raises(DataError, match=r"'0' and '0.0'"):
         list_files(tmp_path / "tree", val_split=0.25)
 
 

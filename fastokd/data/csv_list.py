@@ -10,6 +10,7 @@ import functools
 import io
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def list_csv(path: Path) -> DataSource[FileSplit]:
             listed twice with different labels or splits, also by two paths; the message names the
             line.
     """
-    listed = _read_entries(path)
+    listed = _with_whole_numbers(_read_entries(path), path)
     classes = tuple(sorted({label for _, label, _ in listed}))
     number = {name: i for i, name in enumerate(classes)}
     root = path.absolute().parent
@@ -115,6 +116,25 @@ def _read_entries(path: Path) -> list[tuple[str, str, str]]:
             )
         entries.append((found, label, split))
     return entries
+
+
+def _with_whole_numbers(
+    entries: list[tuple[str, str, str]], path: Path
+) -> list[tuple[str, str, str]]:
+    """The entries with "0" for labels "0.0" if both occur, as after a merge of pandas, with a
+    warning.
+    """
+    labels = {label for _, label, _ in entries}
+    whole = {
+        label: match[1]
+        for label in labels
+        if (match := re.fullmatch(r"(-?\d+)\.0+", label)) and match[1] in labels
+    }
+    if not whole:
+        return entries
+    listed = summarize([f"{label} as {whole[label]}" for label in sorted(whole)])
+    warnings.warn(f"{escape(path)}: some whole numbers have decimals; read {listed}", stacklevel=2)
+    return [(file, whole.get(label, label), split) for file, label, split in entries]
 
 
 class Finder:

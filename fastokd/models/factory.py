@@ -27,6 +27,9 @@ _FAMILIES = {
     "shufflenet_v2": "shufflenetv2_x1_0",
     "xception": "xception",
 }
+ALIASES = {f"resnet{depth}": f"resnet{depth}_imagenet" for depth in (18, 34, 50)}
+"""The names of networks in torchvision and timm."""
+
 _models: Registry[Mapping[str, Backbone]] = Registry(
     "model",
     "BACKBONES",
@@ -184,6 +187,7 @@ def model_name(name: str) -> str:
     def plain(text: str) -> str:
         return "".join(filter(str.isalnum, text.lower()))
 
+    name = ALIASES.get(name.lower(), name)
     if name in _models:
         return name
     matches = [known for known in _models if plain(known) == plain(name)]
