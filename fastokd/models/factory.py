@@ -98,6 +98,11 @@ def create_model(
         find_backbone(part, at, num_classes, split=topology == "branches" and num_branches > 1)
         for part in names
     ]
+    if chosen.build_companion is not None and (whole := [b.name for b in backbones if b.whole]):
+        reason = "torch.fx cannot follow its forward, and the method needs its feature maps"
+        raise ConfigError(
+            f"method '{method}' with model '{whole[0]}': {reason}; use baseline or dml"
+        )
     kept = chosen.kept
     if compression:
         compressed, kept = backbones[0].compressed, -1
