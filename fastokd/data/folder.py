@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastokd.data.containers import describe_containers
 from fastokd.data.dataset import DataSource, invalid
 from fastokd.data.files import FileSplit, cannot_read, check_finished, from_splits
 from fastokd.data.images import EXTENSIONS
@@ -193,6 +194,8 @@ def _one_folder(root: Path) -> DataSource[FileSplit]:
     if not folders:
         count = sum(is_image(entry.name) for entry in entries(root))
         present = f"{count} images" if count else "no folders"
+        if found := describe_containers(root, [entry.name for entry in entries(root)]):
+            raise invalid(root, f"no train/; {found}")
         fix = f"{_ARRANGE}, or as <class>/ to use with --val-split"
         raise invalid(root, f"no train/ (found {present}); {fix}")
     check_finished(root)
@@ -201,7 +204,11 @@ def _one_folder(root: Path) -> DataSource[FileSplit]:
     listing.raise_first(root, empty=False)
     if not listing.files:
         present = summarize([name + "/" for name in folders])
-        raise invalid(root, f"no train/ (found {present}), and no images in them; {_ARRANGE}")
+        inside = sorted({os.path.splitext(name)[1].lower() for name in listing.ignored} - {""})
+        files = f" but {summarize(inside)} files" if inside else ""
+        raise invalid(
+            root, f"no train/ (found {present}), and no images in them{files}; {_ARRANGE}"
+        )
     listing.raise_first(root)
     return listing.as_source(root, "train")
 
@@ -259,7 +266,9 @@ def _walk_split(
         listing.ignored += [os.path.relpath(path, root) for path in found if not is_image(path)]
         if not images_of_class:
             entry = os.path.normpath(f"{folder}/{name}")
-            listing.note("empty class", entry, invalid(root / entry, "no images"))
+            inside = {os.path.splitext(path)[1].lower() for path in found} - {""}
+            shown = f"{entry} (only {summarize(sorted(inside))})" if inside else entry
+            listing.note("empty class", shown, invalid(root / entry, "no images"))
     return listing
 
 
