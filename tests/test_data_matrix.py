@@ -18,7 +18,8 @@ from fastokd.data import FileSplit
 from fastokd.data.check import Image as Listed
 from fastokd.data.check import look_at
 from fastokd.data.decoding import decode, decodes_alike
-from fastokd.data.images import try_decode_all
+from fastokd.data.files import check_headers
+from fastokd.data.images import reason_of, try_decode_all
 from fastokd.errors import DataError
 
 SIDE = 48
@@ -288,6 +289,34 @@ def test_premultiplied_alpha_is_divided_out():
     clear = alpha[..., 0] > 0
     want = np.minimum(color * 255 / np.maximum(alpha, 1), 255)
     assert np.abs(levels - want)[clear].max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["I", "F", "LAB"])
+def test_refused_pixel_types_are_found_before_training(mode, tmp_path):
+    names = (f"TIFF-{mode}-plain", "TIFF-RGB-plain")
+    for name in names:
+        (tmp_path / f"{name}.tif").write_bytes(FILES[name])
+    split = FileSplit("train", tmp_path, tuple(f"{name}.tif" for name in names), torch.arange(2))
+    with pytest.raises(DataError, match=f"1 of 2 image files.*TIFF-{mode}-plain.tif"):
+        check_headers([split])
+    check_headers([split.select(torch.tensor([1]))])
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (
+            "decode_jpeg, /__w/vision/a/decode_jpeg.cpp:171, Image is incomplete",
+            "Image is incomplete",
+        ),
+        ("[/opt/dali/x/decoder.cc:12] nvImageCodec failure", "nvImageCodec failure"),
+        ("\x1b[31mred\x1b[0m text", "red text"),
+    ],
+)
+def test_reasons_have_no_build_paths_or_escape_codes(message, reason):
+    assert reason in reason_of(RuntimeError(message))
+    assert "/" not in reason_of(RuntimeError(message))
+    assert reason_of(RuntimeError(message)).isprintable()
 
 
 def test_fallback_files_of_dali_are_deleted(tmp_path):

@@ -93,6 +93,26 @@ def test_subfolders_of_classes_below_train_are_no_splits(tmp_path):
     assert list_files(tmp_path, val_split=0.25).classes == ("cat", "dog")
 
 
+def test_dataset_two_folders_deeper_is_refused_with_its_path(tmp_path):
+    make_tree(tmp_path / "a" / "b", "train", "val")
+    with pytest.raises(DataError, match=r"which holds train, val; pass .*/a/b"):
+        list_files(tmp_path)
+
+
+def test_loose_images_are_counted(tmp_path):
+    make_tree(tmp_path, "train", "val")
+    (tmp_path / "train" / "loose.png").write_bytes(BUFFER.getvalue())
+    assert "skipped files: 1 .png" in describe_data(list_files(tmp_path))
+
+
+@pytest.mark.parametrize("classes", [("1", "1.0"), ("Cat", "cat"), ("cat", "nan")])
+def test_check_reports_names_that_training_refuses(tmp_path, classes):
+    make_tree(tmp_path, "train", "val", classes=classes)
+    with pytest.raises(DataError) as refused:
+        list_files(tmp_path)
+    assert check_dataset(tmp_path).problems["refused"] == [str(refused.value)]
+
+
 def test_unused_folders_and_files_are_counted_in_the_first_line(tmp_path):
     make_tree(tmp_path, "train", "val", "extra", "test_scripts", "__MACOSX")
     for name in ("a.txt", "b.txt", "c.NPY", "d"):

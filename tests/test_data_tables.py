@@ -214,6 +214,12 @@ def test_label_list_with_blanks_in_names_is_read(tmp_path, mark, encoding, quote
     assert flat(tmp_path, want, text.encode(encoding)) == want
 
 
+def test_label_list_with_lines_of_other_images_warns(tmp_path):
+    text = "name,label\n0.png,great\n1.png,great dane\n7.png,great\n"
+    with pytest.warns(UserWarning, match=r"1 lines name no image of the split: 7.png"):
+        flat(tmp_path, ["0.png", "1.png"], text)
+
+
 def test_label_list_with_further_columns_is_read(tmp_path):
     text = "0.png\tgreat dane\t1\t2\t3\n1.png\tgreat\t1\t2\t3\n"
     assert flat(tmp_path, ["0.png", "1.png"], text, list_name="val.txt") == {

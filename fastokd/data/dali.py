@@ -505,7 +505,7 @@ def dali_reason(error: Exception) -> str:
     """The line of DALI's message that has the reason."""
     _, _, after = str(error).partition("encountered:\n")
     reasons = [line.strip() for line in after.splitlines() if line.strip()]
-    return reasons[0][:160] if reasons else first_line(error)
+    return reason_of(RuntimeError(reasons[0] if reasons else first_line(error)))[:160]
 
 
 def _dali() -> tuple[Any, Any, Any]:

@@ -40,6 +40,8 @@ SMALL = 128
 """Images up to this side are cropped after padding; larger ones get random resized crops."""
 
 _PROBED = 16
+MOST_HEADERS = 4096
+_PLAIN_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 CONVERSION_FILE = "fastokd-convert.json"
 """The record of ``fastokd data convert`` in its output folder, written first and marked as finished
@@ -341,6 +343,28 @@ def peek_sizes(split: FileSplit) -> set[tuple[int, int]]:
         with contextlib.suppress(Exception), Image.open(BytesIO(split.read(i))) as image:
             sizes.add((image.height, image.width))
     return sizes
+
+
+def check_headers(splits: Sequence[FileSplit]) -> None:
+    """Raise ``DataError`` for images in formats of many pixel types whose type has no conversion to
+    8-bit RGB. It reads the headers of up to ``MOST_HEADERS`` files of a split; usually a whole
+    dataset has the same type.
+    """
+    from PIL import Image
+
+    for split in splits:
+        names = enumerate(split.files)
+        suspects = [i for i, name in names if not name.lower().endswith(_PLAIN_TYPES)]
+        step = -(-len(suspects) // MOST_HEADERS) or 1
+        refused = {}
+        for i in suspects[::step]:
+            # A damaged file is reported when it is decoded.
+            with contextlib.suppress(Exception), Image.open(BytesIO(split.read(i))) as image:
+                is_deep = image.mode == "I" and image.format != "PPM"
+                if is_deep or image.mode in ("F", "LAB"):
+                    refused[i] = f"{image.mode}-mode pixels have no defined 8-bit RGB values"
+        if refused:
+            raise corrupt_files_error(split.root, split.files, refused, "convert them to RGB")
 
 
 def default_size(split: FileSplit) -> tuple[int, int]:

@@ -215,6 +215,17 @@ def _one_folder(root: Path) -> DataSource[FileSplit]:
 
 def _check_depth(root: Path, folders: Sequence[str]) -> None:
     """Raise ``DataError`` if the folders of a root are no classes, but a dataset or splits."""
+    if len(folders) == 1:
+        deepest = root / folders[0]
+        while len(below := entries(deepest)) == 1 and is_folder(below[0]):
+            deepest = deepest / below[0].name
+        if (
+            len(names := [entry.name for entry in below if is_folder(entry)]) > 1
+            and deepest != root
+        ):
+            present = f"one folder, {folders[0]}/, which holds {summarize(names)}"
+            raise invalid(root, f"{present}; pass {escape(deepest)}")
+        return
     inner = [
         [entry.name for entry in entries(root / folder) if is_folder(entry) or is_image(entry.name)]
         for folder in folders
@@ -222,9 +233,6 @@ def _check_depth(root: Path, folders: Sequence[str]) -> None:
     folders_only = not any(is_image(name) for names in inner for name in names)
     if not folders_only or not all(len(names) > 1 for names in inner):
         return
-    if len(folders) == 1:
-        present = f"one folder, {folders[0]}/, which holds {summarize(inner[0])}"
-        raise invalid(root, f"{present}; pass {escape(root / folders[0])}")
     if all(names == inner[0] for names in inner):
         listed = summarize([f"{name}/" for name in folders])
         same = f"{listed} hold the same folders ({summarize(inner[0])}), as splits do"
@@ -248,6 +256,8 @@ def _walk_split(
         listing.note("permission", escape(error), error)
         return listing
     listing.classes = [entry.name for entry in present if is_folder(entry)]
+    loose = (entry.path for entry in present if not is_folder(entry) and is_image(entry.name))
+    listing.ignored += [os.path.relpath(path, root) for path in loose]
     if not listing.classes:
         images = sum(is_image(entry.name) for entry in present)
         content = f"{images} images and no class folders" if images else "empty"
@@ -266,7 +276,7 @@ def _walk_split(
         listing.ignored += [os.path.relpath(path, root) for path in found if not is_image(path)]
         if not images_of_class:
             entry = os.path.normpath(f"{folder}/{name}")
-            inside = {os.path.splitext(path)[1].lower() for path in found} - {""}
+            inside = {os.path.splitext(path)[1].lower() for path in found} - {"", ".txt"}
             shown = f"{entry} (only {summarize(sorted(inside))})" if inside else entry
             listing.note("empty class", shown, invalid(root / entry, "no images"))
     return listing

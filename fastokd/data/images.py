@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -178,4 +179,7 @@ def reason_of(error: Exception) -> str:
         return "too many pixels"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error) or type(error).__name__
+    # Without colors of a terminal and the paths of the machine that built the decoder.
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    text = re.sub(r"(\w+, )?\S+\.(cpp|cc|cu|h|hpp):\d+[],:]? *", "", text).strip()
+    return text.splitlines()[0] if text else type(error).__name__

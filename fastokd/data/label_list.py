@@ -9,6 +9,7 @@ refers to ``meta.mat`` of the development kit.
 import csv
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -101,6 +102,11 @@ def _by_name(
         listed = [f"{name} as '{one}' and '{other}'" for name, (one, other) in twice.items()]
         raise invalid(file, f"images with two classes: {summarize(listed)}; keep one line for each")
     labels = dict(pairs)
+    known = {*images, *(os.path.splitext(image)[0] for image in images)}
+    if unused := [name for name, _ in pairs[1:] if name not in known]:
+        unused = list(dict.fromkeys(unused))  # the first line may be a heading
+        listed = f"{len(unused)} lines name no image of the split: {summarize(unused, 3)}"
+        warnings.warn(f"{escape(file)}: {listed}", stacklevel=2)
     found = [labels.get(image, labels.get(os.path.splitext(image)[0])) for image in images]
     missing = [image for image, label in zip(images, found, strict=True) if label is None]
     if missing:

@@ -35,7 +35,7 @@ def _describe_skipped(names: Sequence[str]) -> str:
         if not name.endswith("/")
     )
     files = summarize([f"{count} {suffix}" for suffix, count in suffixes.most_common()])
-    return (f"; skipped files that are not images: {files}" if files else "") + (
+    return (f"; skipped files: {files}" if files else "") + (
         f"; unused folders: {summarize(folders)}" if folders else ""
     )
 
