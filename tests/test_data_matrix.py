@@ -4,7 +4,6 @@ format x mode x metadata, and damage.
 
 import io
 import itertools
-import os
 import struct
 import zlib
 
@@ -319,12 +318,14 @@ def test_reasons_have_no_build_paths_or_escape_codes(message, reason):
     assert reason_of(RuntimeError(message)).isprintable()
 
 
-def test_fallback_files_of_dali_are_deleted(tmp_path):
+def test_fallback_files_of_dali_are_deleted(tmp_path, monkeypatch):
     split = as_split(tmp_path, {name: FILES[f"TIFF-{name}-plain"] for name in ("L", "RGB", "P")})
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     loader = LOADERS["dali"](split, 1, True, size=(SIDE, SIDE))
     for epoch in range(2):
         loader.set_epoch(epoch)
         assert len(list(loader)) == 3
-        folder = loader._rewritten._folder
-        assert folder is None or os.listdir(folder.name) == []
+        assert list((tmp_path / "temporary").rglob("*.ppm")) == []
     loader.close()
+    assert list((tmp_path / "temporary").iterdir()) == []
