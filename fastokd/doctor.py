@@ -83,7 +83,14 @@ def _triton() -> Finding:
 def _hardware() -> list[Finding]:
     import torch
 
+    from fastokd.models.layout import has_avx512
+
     text = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    if has_avx512():
+        text += (
+            "; AVX-512: training leaves channels-last off for networks with strided 1 x 1"
+            " convolutions of fewer than 16 input channels, which crash with it"
+        )
     findings = [Finding("cpu", "ok", text)]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

@@ -106,6 +106,35 @@ def summarize(items: Sequence[object], limit: int = 10) -> str:
     return ", ".join(escape(item) for item in items[:limit]) + more
 
 
+SYNONYMS = {
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "bs": "batch_size",
+    "batch": "batch_size",
+    "num_epochs": "epochs",
+    "arch": "model",
+    "network": "model",
+    "dataset": "data",
+    "data_dir": "data",
+    "output": "out",
+    "output_dir": "out",
+    "opt": "optimizer",
+    "scheduler": "schedule",
+    "size": "image_size",
+    "img_size": "image_size",
+    "workers": "loader_options",
+    "num_workers": "loader_options",
+    "amp": "precision",
+    "vanilla": "baseline",
+    "scratch": "baseline",
+    "mutual": "dml",
+    "deep_mutual_learning": "dml",
+    "hinton": "kd",
+    "distillation": "kd",
+}
+"""Names that other tools use, and those of options and methods here."""
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """The end of an error message: a choice that begins with the name or is close, and all choices.
 
@@ -113,6 +142,8 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     "; did you mean 'ahbf'? (choices: ahbf, baseline)"
     """
     choices = sorted(choices)
+    if (meant := SYNONYMS.get(name.lower().replace("-", "_"))) in choices:
+        return f"; did you mean '{meant}'? (choices: {', '.join(choices)})"
     close = [choice for choice in choices if choice.startswith(f"{name}_")]
     close = close or difflib.get_close_matches(name, choices, n=1)
     hint = f"; did you mean '{close[0]}'?" if close else ""

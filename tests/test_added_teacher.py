@@ -180,7 +180,7 @@ def test_run_with_teacher_resumes_and_exports_plain_student(tmp_path, digits, te
 
 
 def test_stored_rows_teach_every_peer(tmp_path, digits):
-    rows = torch.randn(len(digits.train), 10)
+    rows = torch.randn(len(digits.train), 10) + 4 * torch.eye(10)[digits.train.targets]
     np.save(tmp_path / "rows.npy", rows.numpy())
     config = dataclasses.replace(
         CONFIG, method="dml", teacher=str(tmp_path / "rows.npy"), teacher_to="branches", epochs=1

@@ -461,6 +461,7 @@ class TestRegistry:
             "csv",
             "digits",
             "folder",
+            "idx",
             "svhn",
             "webdataset",
         ]

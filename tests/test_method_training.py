@@ -426,6 +426,7 @@ def test_stored_rows_equal_their_network(tmp_path, digits, monkeypatch, kind, su
     if not resident:
         monkeypatch.setattr(teachers, "RESIDENT_BYTES", 0)
     rows = torch.randn(192, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows += 4 * torch.eye(10, dtype=torch.float64)[digits.train.targets]
     rows = rows if kind == "logits" else (rows / 3).softmax(1)
     path = tmp_path / f"rows.{suffix}"
     np.save(path, rows.numpy()) if suffix == "npy" else save_file({"rows": rows}, path)
@@ -502,6 +503,33 @@ def test_wrong_stored_rows_are_refused(tmp_path, digits, content, options, messa
     np.save(tmp_path / "rows.npy", content.numpy())
     with pytest.raises(CheckpointError, match=message):
         opened(tmp_path / "rows.npy", digits, **options)
+
+
+@pytest.mark.parametrize("change", ["shuffled rows", "permuted columns", "noise"])
+def test_stored_rows_near_chance_are_refused(tmp_path, digits, change):
+    labels = digits.train.targets
+    rows = (
+        torch.randn(192, 10, generator=torch.Generator().manual_seed(0)) + 4 * torch.eye(10)[labels]
+    )
+    assert "accuracy 9" in _described(tmp_path, rows, digits)
+    wrong = {
+        "shuffled rows": rows[torch.randperm(192, generator=torch.Generator().manual_seed(1))],
+        "permuted columns": rows.roll(1, 1),
+        "noise": torch.randn(192, 10, generator=torch.Generator().manual_seed(2)),
+    }[change]
+    with pytest.raises(CheckpointError, match=r"on 192 training labels.*expected by chance"):
+        _described(tmp_path, wrong, digits)
+
+
+def test_weak_teacher_above_chance_is_accepted(tmp_path, digits):
+    rows = torch.zeros(192, 10)
+    rows[torch.arange(192), (digits.train.targets + (torch.arange(192) % 3 > 0)) % 10] = 1.0
+    assert "accuracy 33" in _described(tmp_path, rows * 5, digits)
+
+
+def _described(folder, rows, digits) -> str:
+    np.save(folder / "rows.npy", rows.numpy())
+    return opened(folder / "rows.npy", digits).description
 
 
 def test_pickled_rows_are_refused(tmp_path, digits):

@@ -665,8 +665,8 @@ def test_compressed_network_is_smaller(name: str) -> None:
         ),
         (lambda: create_student("vgg61", 10), r"unknown model 'vgg61'; did you mean 'vgg16'\?"),
         (
-            lambda: create_student("resnet18", 10),
-            r"unknown model 'resnet18'; did you mean 'resnet18_imagenet'\?",
+            lambda: create_student("resnet18_imgnet", 10),
+            r"unknown model 'resnet18_imgnet'; did you mean 'resnet18_imagenet'\?",
         ),
     ],
 )

@@ -21,6 +21,7 @@ from fastokd.errors import (
     EXIT_IO,
     EXIT_OK,
     EXIT_PIPE,
+    SYNONYMS,
     ConfigError,
     FastOKDError,
 )
@@ -128,6 +129,9 @@ def _unknown(word: str, names: Sequence[str], name: str) -> str:
     option = word.partition("=")[0]
     if retired := RETIRED.get(option.lstrip("-").replace("-", "_")):
         return f"option '{option}': {retired.reason}"
+    meant = SYNONYMS.get(option.lstrip("-").replace("-", "_"), "").replace("_", "-")
     close = difflib.get_close_matches(option, names, n=1)
+    if f"--{meant}" in names:
+        close = [f"--{meant} workers=N" if meant == "loader-options" else f"--{meant}"]
     hint = f"; did you mean '{close[0]}'?" if close else ";"
     return f"unknown option '{option}'{hint} {more}"

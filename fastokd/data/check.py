@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeVar
 
 from fastokd.data.dataset import DataSource, invalid
 from fastokd.data.files import FileSplit, read_bytes
-from fastokd.data.folder import LAYOUT, walk_tree
+from fastokd.data.folder import LAYOUT, list_tree, walk_tree
 from fastokd.data.images import Progress, decode, default_workers, reason_of
 from fastokd.data.registry import resolve
 from fastokd.errors import DataError, escape
@@ -36,11 +36,13 @@ PROBLEMS = {
     "unreadable": "cannot be opened",
     "permission": "cannot be opened: permission denied",
     "truncated": "ends before its pixels do",
+    "damaged": "a checksum is wrong",
     "not an image": "no format that can be decoded",
     "too large": "more pixels than a decoder accepts; scale it down",
     "empty class": "a class folder without images",
     "one-sided class": "a class that some split does not have",
     "no labels": "images of unknown class",
+    "refused": "a structure that training refuses",
     "duplicate across splits": "the same image in training and evaluation",
     "duplicate across classes": "the same image under two labels",
 }
@@ -54,7 +56,7 @@ REMARKS = {
     ),
     "tiny": f"a side below {TINY_SIDE} pixels",
     "duplicate": "the same image twice in one class and split",
-    "not an image file": "not an image by its name; ignored",
+    "not an image file": "not an image by its name, or in no class folder; ignored",
 }
 """Kinds of remarks and their meaning."""
 
@@ -209,6 +211,13 @@ def _images_of_tree(root: Path, found: dict[str, list[str]]) -> list[Image]:
             Image(listing.split, label, os.path.relpath(file, root), file)
             for file, label in zip(listing.files, listing.labels, strict=True)
         ]
+    known = any(found[kind] for kind in ("permission", "empty class", "no labels"))
+    if not known and {image.split for image in images} & {"train", ""}:
+        try:
+            list_tree(root)
+        except DataError as error:
+            if "class(es)" not in str(error):  # reported as "one-sided class"
+                found["refused"].append(str(error))
     return images
 
 
@@ -248,7 +257,8 @@ def look_at(image: Image) -> Look:
         reason = reason_of(error)
         signs = ("truncated", "broken data stream", "not enough", "unexpected end")
         cut = any(sign in reason.lower() for sign in signs)
-        return Look((("truncated" if cut else "not an image", escape(reason)),))
+        broken = "damaged" if reason.startswith("damaged") else "not an image"
+        return Look((("truncated" if cut else broken, escape(reason)),))
     findings = []
     named = PIL.registered_extensions().get(os.path.splitext(image.name)[1].lower())
     # A JPEG with further images in it, as phones write them, still counts as JPEG.

@@ -8,6 +8,7 @@ interrupted epoch is resumed from one number instead of the pipeline's serialize
 
 import math
 import os
+import tempfile
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -23,11 +24,12 @@ from numpy.typing import NDArray
 
 from fastokd.data import dali_policies, stream
 from fastokd.data.dali_policies import DaliPolicy
+from fastokd.data.decoding import EXTENSIONS, central_part, decode, decodes_alike
 from fastokd.data.files import FileSplit, replacement_index
-from fastokd.data.images import decode, reason_of, workers_per_process
+from fastokd.data.images import reason_of, workers_per_process
 from fastokd.data.loader import LoaderKind
 from fastokd.data.random_crop import ATTEMPTS
-from fastokd.data.stream import Decoded, Request, StreamLoader
+from fastokd.data.stream import Decoded, Framing, Request, StreamLoader
 from fastokd.errors import ConfigError, DataError, MissingExtra, first_line, summarize
 
 if TYPE_CHECKING:
@@ -35,7 +37,8 @@ if TYPE_CHECKING:
 
 DECODERS = ("auto", "cpu", "mixed")
 RESIZERS = ("auto", "dali", "torch")
-UNSUPPORTED = frozenset({".gif"})
+_SUPPORTED = "bmp jfif jpe jpeg jpg mpo pgm png pnm ppm tif tiff webp"
+UNSUPPORTED = EXTENSIONS - {f".{name}" for name in _SUPPORTED.split()}
 """Extensions that other loaders can decode and DALI cannot."""
 
 Node = Any
@@ -98,6 +101,38 @@ def unsuitable_for_dali(split: FileSplit) -> str | None:
     return f"{split.where}: DALI cannot decode {summarize(names)}; {fix}" if names else None
 
 
+class Rewritten:
+    """Temporary files with images that were decoded on the host, by the request they belong to."""
+
+    def __init__(self) -> None:
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._files: dict[int, list[str]] = {}
+        self._count = 0
+
+    def write(self, content: bytes, request: Request) -> str:
+        """Write a file and return its path; no two files have the same."""
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="fastokd-dali-")
+        path = os.path.join(self._folder.name, f"{self._count}.ppm")
+        self._count += 1
+        with open(path, "wb") as file:
+            file.write(content)
+        self._files.setdefault(id(request), []).append(path)
+        return path
+
+    def forget(self, request: Request) -> None:
+        """Delete the files of a request."""
+        for path in self._files.pop(id(request), ()):
+            os.remove(path)
+
+    def clear(self) -> None:
+        """Delete all files."""
+        if self._folder is not None:
+            self._folder.cleanup()
+        self._folder = None
+        self._files.clear()
+
+
 class DaliLoader(StreamLoader):
     """Decode with DALI. With ``device="cpu"`` it needs neither a GPU nor CUDA.
 
@@ -139,6 +174,8 @@ class DaliLoader(StreamLoader):
         self._requests: Iterator[Request] = iter(())
         self._in_flight: deque[Request] = deque()
         self._archives: dict[str, NDArray[np.uint8]] = {}
+        self._by_pillow: dict[int, bool] = {}
+        self._rewritten = Rewritten()
 
     def _open_policy(self) -> DaliPolicy | None:
         """The augmentation policy, which DALI applies to images that it has scaled."""
@@ -158,6 +195,7 @@ class DaliLoader(StreamLoader):
         super().close()
         self._pipeline = None
         self._archives.clear()
+        self._rewritten.clear()
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
@@ -179,7 +217,9 @@ class DaliLoader(StreamLoader):
                     self._pipeline = None
                     self._find_corrupt(error)
                     continue
-                ready.append(self._framed(images, self._in_flight.popleft()))
+                request = self._in_flight.popleft()
+                self._rewritten.forget(request)
+                ready.append(self._framed(images, request))
                 # torch scales a batch while the previous one is used.
                 if len(ready) > self._by_torch:
                     yield ready.popleft()()
@@ -239,6 +279,7 @@ class DaliLoader(StreamLoader):
             except Exception:  # a corrupt image in a discarded batch
                 self._pipeline = None
         self._in_flight.clear()
+        self._rewritten.clear()
 
     def _feed(self) -> tuple[Any, ...]:
         """Called by DALI when it can read one more batch."""
@@ -250,6 +291,13 @@ class DaliLoader(StreamLoader):
         encoded = []
         for i in request.indices.tolist():
             path, start, size = self.split.location(i)
+            if self._needs_pillow(i):
+                content = self._decode_on_host(i, request.framing)
+                if size < 0:
+                    path = self._rewritten.write(content, request)
+                else:
+                    encoded.append(np.frombuffer(content, np.uint8))
+                    continue
             if size < 0:
                 encoded.append(np.frombuffer(os.fsencode(path), np.uint8))
             else:
@@ -265,6 +313,24 @@ class DaliLoader(StreamLoader):
                 inputs.append((offsets.numpy() - self.augment.pad).astype(np.int32))
         return tuple(inputs)
 
+    def _needs_pillow(self, index: int) -> bool:
+        """True if DALI does not decode an image, or to other pixels than the other loaders."""
+        if index not in self._by_pillow:
+            try:
+                self._by_pillow[index] = not decodes_alike(self.split.read(index))
+            except OSError:  # DALI reports it
+                return False
+        return self._by_pillow[index]
+
+    def _decode_on_host(self, index: int, framing: Framing) -> bytes:
+        """An image, decoded by Pillow, in a format that DALI only copies."""
+        image = decode(BytesIO(self.split.read(index)))
+        if not framing.random:
+            image = image.crop(central_part(*image.size))
+        content = BytesIO()
+        image.save(content, "PPM")
+        return content.getvalue()
+
     def _archive(self, path: str) -> NDArray[np.uint8]:
         if path not in self._archives:
             self._archives[path] = np.memmap(path, np.uint8, "r")
@@ -279,10 +345,13 @@ class DaliLoader(StreamLoader):
         """
         pending = list(self._in_flight)
         self._in_flight.clear()
+        known = sum(self._by_pillow.values())
         corrupt = next(filter(None, map(self._probe, pending)), None)
-        if not corrupt:
+        if corrupt:
+            self._note_corrupt(corrupt)
+        elif sum(self._by_pillow.values()) == known:
             raise DataError(f"DALI failed on {self.split.where}: {dali_reason(error)}") from error
-        self._note_corrupt(corrupt)
+        self._rewritten.clear()
         self._requests = chain(pending, self._requests)
 
     def _without_corrupt(self, request: Request) -> Request:
@@ -313,11 +382,14 @@ class DaliLoader(StreamLoader):
             except Exception as error:
                 pipeline = None
                 waiting.clear()
-                corrupt[i] = dali_reason(error)
                 try:
                     decode(BytesIO(self.split.read(i)))
                 except Exception as known:  # Pillow has the better reason, if it fails too
                     corrupt[i] = reason_of(known)
+                else:
+                    if self._by_pillow.get(i):
+                        corrupt[i] = dali_reason(error)
+                    self._by_pillow[i] = True
         return corrupt
 
     def _build(self, batch_size: int, prefetch: int, source: Any) -> "Pipeline":
@@ -434,7 +506,7 @@ def dali_reason(error: Exception) -> str:
     """The line of DALI's message that has the reason."""
     _, _, after = str(error).partition("encountered:\n")
     reasons = [line.strip() for line in after.splitlines() if line.strip()]
-    return reasons[0][:160] if reasons else first_line(error)
+    return reason_of(RuntimeError(reasons[0] if reasons else first_line(error)))[:160]
 
 
 def _dali() -> tuple[Any, Any, Any]:

@@ -100,7 +100,7 @@ class DataSource(Generic[S]):
             from the training split.
         augment: the customary augmentation; None for the crop and flip that suit the image size.
         root: the dataset's folder, if any.
-        ignored_files: number of files in that folder that are not images.
+        skipped: the files in that folder that are not images, and its unused folders, with "/".
         replaced_files: number of corrupt training images replaced by others of their class.
         fingerprint: of the decoded images, if known.
 
@@ -118,7 +118,7 @@ class DataSource(Generic[S]):
     std: tuple[float, ...] | None = None
     augment: Augment | None = None
     root: Path | None = None
-    ignored_files: int = 0
+    skipped: tuple[str, ...] = ()
     replaced_files: int = 0
     fingerprint: str | None = None
 
@@ -185,7 +185,7 @@ class SplitSet(Generic[S]):
     std: tuple[float, ...]
     augment: Augment
     root: Path | None = None
-    ignored_files: int = 0
+    skipped: tuple[str, ...] = ()
     replaced_files: int = 0
 
     if TYPE_CHECKING:  # subclasses have them as fields or as properties
@@ -203,6 +203,11 @@ class SplitSet(Generic[S]):
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @property
+    def ignored_files(self) -> int:
+        """The number of files in the dataset's folder that are not images."""
+        return sum(not name.endswith("/") for name in self.skipped)
 
     @property
     def splits(self) -> tuple[S, ...]:
@@ -298,7 +303,7 @@ def prepare(
         augment=augment or source.augment or Augment(pad=min(size[1:]) // 8, flip=True),
         fingerprint=source.fingerprint or fingerprint(source),
         root=source.root,
-        ignored_files=source.ignored_files,
+        skipped=source.skipped,
         replaced_files=source.replaced_files,
     )
 

@@ -24,6 +24,7 @@ from fastokd.data.augment import Augment
 from fastokd.data.cache import Cache, Entry
 from fastokd.data.dataset import DataSource, Split, SplitSet, invalid
 from fastokd.data.images import Progress, corrupt_files_error, try_decode_all
+from fastokd.data.text import check_class_names, decode_text, readable
 from fastokd.errors import ConfigError, DataError, did_you_mean, escape, summarize
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -39,6 +40,8 @@ SMALL = 128
 """Images up to this side are cropped after padding; larger ones get random resized crops."""
 
 _PROBED = 16
+MOST_HEADERS = 4096
+_PLAIN_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 CONVERSION_FILE = "fastokd-convert.json"
 """The record of ``fastokd data convert`` in its output folder, written first and marked as finished
@@ -164,16 +167,16 @@ def from_splits(
     classes: Sequence[str],
     splits: Mapping[str, FileSplit],
     root: Path,
-    ignored_files: int = 0,
+    skipped: Sequence[str] = (),
 ) -> DataSource[FileSplit]:
     """The dataset of these splits. Without "test", runs are evaluated on "val"."""
     test, val = splits.get("test"), splits.get("val")
     if test is None:
         test, val = val, None
     train = splits["train"]
-    return DataSource(
-        name, tuple(classes), train, test, val, root=root, ignored_files=ignored_files
-    )
+    check_class_names(classes, root)
+    classes, skipped = tuple(classes), tuple(skipped)
+    return DataSource(name, classes, train, test, val, root=root, skipped=skipped)
 
 
 def cannot_read(path: Path | str, error: OSError) -> DataError:
@@ -183,18 +186,16 @@ def cannot_read(path: Path | str, error: OSError) -> DataError:
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a UTF-8 text that are not empty, stripped.
+    """The lines of a text that are not empty, stripped.
 
     Raises:
         DataError: it cannot be read or decoded.
     """
     try:
-        lines = map(str.strip, file.read_text(encoding="utf-8-sig").splitlines())
-        return [line for line in lines if line]
+        text = decode_text(file.read_bytes(), file)
     except OSError as error:
         raise cannot_read(file, error) from error
-    except UnicodeDecodeError:
-        raise invalid(file, "cannot be read: it is not UTF-8 text") from None
+    return [line for line in map(str.strip, readable(text, file).splitlines()) if line]
 
 
 def check_finished(root: Path) -> None:
@@ -342,6 +343,28 @@ def peek_sizes(split: FileSplit) -> set[tuple[int, int]]:
         with contextlib.suppress(Exception), Image.open(BytesIO(split.read(i))) as image:
             sizes.add((image.height, image.width))
     return sizes
+
+
+def check_headers(splits: Sequence[FileSplit]) -> None:
+    """Raise ``DataError`` for images in formats of many pixel types whose type has no conversion to
+    8-bit RGB. It reads the headers of up to ``MOST_HEADERS`` files of a split; usually a whole
+    dataset has the same type.
+    """
+    from PIL import Image
+
+    for split in splits:
+        names = enumerate(split.files)
+        suspects = [i for i, name in names if not name.lower().endswith(_PLAIN_TYPES)]
+        step = -(-len(suspects) // MOST_HEADERS) or 1
+        refused = {}
+        for i in suspects[::step]:
+            # A damaged file is reported when it is decoded.
+            with contextlib.suppress(Exception), Image.open(BytesIO(split.read(i))) as image:
+                is_deep = image.mode == "I" and image.format != "PPM"
+                if is_deep or image.mode in ("F", "LAB"):
+                    refused[i] = f"{image.mode}-mode pixels have no defined 8-bit RGB values"
+        if refused:
+            raise corrupt_files_error(split.root, split.files, refused, "convert them to RGB")
 
 
 def default_size(split: FileSplit) -> tuple[int, int]:

@@ -13,24 +13,20 @@ from typing import NamedTuple
 
 import torch
 
+from fastokd.data.containers import describe_containers
 from fastokd.data.dataset import DataSource, invalid
 from fastokd.data.files import FileSplit, cannot_read, check_finished, from_splits
 from fastokd.data.images import EXTENSIONS
 from fastokd.data.kinds import DatasetKind
 from fastokd.data.label_list import NAMES, find_label_file, read_label_file
+from fastokd.data.split_names import SplitFolders, find_split_folders
 from fastokd.errors import ConfigError, DataError, escape, summarize
 
 LAYOUT = "train/<class>/ and val/<class>/ or test/<class>/"
-_ARRANGE = f"arrange the images as {LAYOUT}"
-SPLITS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
-"""The splits, and the words for each in names of folders and archives and in lists."""
+SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"})
+"""Folders that operating systems and archives add."""
 
-SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
-"""The split that each of the words names."""
+_ARRANGE = f"arrange the images as {LAYOUT}"
 
 
 class Finding(NamedTuple):
@@ -86,7 +82,7 @@ class Listing:
         """The images as the only split, of this name, of a dataset."""
         splits = {"train": self.file_split(name, root, self.classes)}
         root = root.resolve()
-        return from_splits(root.name, self.classes, splits, root, len(self.ignored))
+        return from_splits(root.name, self.classes, splits, root, self.ignored)
 
 
 def walk_tree(root: Path) -> Iterator[Listing]:
@@ -98,7 +94,7 @@ def walk_tree(root: Path) -> Iterator[Listing]:
     Raises:
         DataError: two folders of one split.
     """
-    folders = split_folders(root)
+    folders = split_folders(root).folders
     if not folders:
         yield _walk_split(root, "", ".")
     classes: list[str] = []
@@ -116,7 +112,7 @@ def list_tree(root: Path) -> DataSource[FileSplit]:
         DataError: a folder or split that is missing or empty, classes that differ between the
             splits, a class without images in some split, a flat split without labels.
     """
-    names = _readable_splits(root)
+    names, unused = _readable_splits(root)
     if not names:
         return _one_folder(root)
     if "train" not in names:
@@ -125,7 +121,7 @@ def list_tree(root: Path) -> DataSource[FileSplit]:
     check_finished(root)
     classes: list[str] = []
     splits: dict[str, FileSplit] = {}
-    ignored, empty = 0, []
+    ignored, empty = [f"{name}/" for name in unused], []
     for listing in walk_tree(root):
         split = listing.split
         listing.raise_first(root, empty=False)
@@ -136,17 +132,18 @@ def list_tree(root: Path) -> DataSource[FileSplit]:
         elif "" in listing.labels:  # a flat test split without a label file
             if "val" not in splits:
                 raise _no_labels_error(root / listing.folder, len(listing.files))
-            ignored += len(listing.files)  # ImageNet's test images, whose labels are not public
+            # ImageNet's test images, whose labels are not public
+            ignored += [os.path.relpath(file, root) for file in listing.files]
             continue
         splits[split] = listing.file_split(split, root, classes)
-        ignored += len(listing.ignored)
+        ignored += listing.ignored
         empty += [finding.entry for finding in listing.findings]
     _raise_empty(root, empty, " in every split")
     resolved = root.resolve()
     return from_splits(resolved.name, classes, splits, resolved, ignored)
 
 
-def _readable_splits(root: Path) -> dict[str, str]:
+def _readable_splits(root: Path) -> SplitFolders:
     """``split_folders`` of a folder that exists."""
     # os.path's tests, unlike pathlib's, return False where permission is missing.
     if not os.path.isdir(root):
@@ -165,7 +162,7 @@ def list_split(root: Path, name: str | None) -> DataSource[FileSplit]:
         ConfigError: the tree has no such split.
         DataError: as ``list_tree``.
     """
-    names = _readable_splits(root)
+    names = _readable_splits(root).folders
     if name is None and names:
         name = next((split for split in ("val", "test") if split in names), None)
         if name is None:
@@ -197,16 +194,50 @@ def _one_folder(root: Path) -> DataSource[FileSplit]:
     if not folders:
         count = sum(is_image(entry.name) for entry in entries(root))
         present = f"{count} images" if count else "no folders"
+        if found := describe_containers(root, [entry.name for entry in entries(root)]):
+            raise invalid(root, f"no train/; {found}")
         fix = f"{_ARRANGE}, or as <class>/ to use with --val-split"
         raise invalid(root, f"no train/ (found {present}); {fix}")
     check_finished(root)
+    _check_depth(root, folders)
     listing = _walk_split(root, "", ".")
     listing.raise_first(root, empty=False)
     if not listing.files:
         present = summarize([name + "/" for name in folders])
-        raise invalid(root, f"no train/ (found {present}), and no images in them; {_ARRANGE}")
+        inside = sorted({os.path.splitext(name)[1].lower() for name in listing.ignored} - {""})
+        files = f" but {summarize(inside)} files" if inside else ""
+        raise invalid(
+            root, f"no train/ (found {present}), and no images in them{files}; {_ARRANGE}"
+        )
     listing.raise_first(root)
     return listing.as_source(root, "train")
+
+
+def _check_depth(root: Path, folders: Sequence[str]) -> None:
+    """Raise ``DataError`` if the folders of a root are no classes, but a dataset or splits."""
+    if len(folders) == 1:
+        deepest = root / folders[0]
+        while len(below := entries(deepest)) == 1 and is_folder(below[0]):
+            deepest = deepest / below[0].name
+        if (
+            len(names := [entry.name for entry in below if is_folder(entry)]) > 1
+            and deepest != root
+        ):
+            present = f"one folder, {folders[0]}/, which holds {summarize(names)}"
+            raise invalid(root, f"{present}; pass {escape(deepest)}")
+        return
+    inner = [
+        [entry.name for entry in entries(root / folder) if is_folder(entry) or is_image(entry.name)]
+        for folder in folders
+    ]
+    folders_only = not any(is_image(name) for names in inner for name in names)
+    if not folders_only or not all(len(names) > 1 for names in inner):
+        return
+    if all(names == inner[0] for names in inner):
+        listed = summarize([f"{name}/" for name in folders])
+        same = f"{listed} hold the same folders ({summarize(inner[0])}), as splits do"
+        fix = "rename them to train/, val/ and test/; if they are classes, put them below train/"
+        raise invalid(root, f"{same}; {fix}")
 
 
 def _walk_split(
@@ -225,6 +256,8 @@ def _walk_split(
         listing.note("permission", escape(error), error)
         return listing
     listing.classes = [entry.name for entry in present if is_folder(entry)]
+    loose = (entry.path for entry in present if not is_folder(entry) and is_image(entry.name))
+    listing.ignored += [os.path.relpath(path, root) for path in loose]
     if not listing.classes:
         images = sum(is_image(entry.name) for entry in present)
         content = f"{images} images and no class folders" if images else "empty"
@@ -243,7 +276,9 @@ def _walk_split(
         listing.ignored += [os.path.relpath(path, root) for path in found if not is_image(path)]
         if not images_of_class:
             entry = os.path.normpath(f"{folder}/{name}")
-            listing.note("empty class", entry, invalid(root / entry, "no images"))
+            inside = {os.path.splitext(path)[1].lower() for path in found} - {"", ".txt"}
+            shown = f"{entry} (only {summarize(sorted(inside))})" if inside else entry
+            listing.note("empty class", shown, invalid(root / entry, "no images"))
     return listing
 
 
@@ -286,18 +321,17 @@ def _check_same_classes(root: Path, train: str, classes: list[str], listing: Lis
             raise invalid(root, f"{problem}; every split needs the same class folders")
 
 
-def split_folders(root: Path) -> dict[str, str]:
-    """The folder of each split that a tree has.
+def split_folders(root: Path) -> SplitFolders:
+    """The folder of each split that a tree has, and the folders that are not used.
 
     Raises:
-        DataError: two folders of one split.
+        DataError: as ``find_split_folders``.
     """
-    found: dict[str, str] = {}
-    for word, split in SPLIT_OF.items():
-        if os.path.isdir(root / word) and found.setdefault(split, word) != word:
-            both = f"both {found[split]}/ and {word}/ exist"
-            raise invalid(root, f"{both}; put the images of a split into one folder")
-    return found
+    try:
+        names = [entry.name for entry in entries(root) if is_folder(entry)]
+    except DataError:  # reported when the folder is listed
+        names = []
+    return find_split_folders(root, names)
 
 
 def flat_images(folder: Path, classes: Sequence[str]) -> list[str] | None:
@@ -320,10 +354,13 @@ def is_image(name: str) -> bool:
 
 
 def entries(folder: Path | str) -> list["os.DirEntry[str]"]:
-    """The entries of a folder that are not hidden, sorted by name."""
+    """The entries of a folder that are not hidden or ``SYSTEM_FOLDERS``, sorted by name."""
     try:
         with os.scandir(folder) as found:
-            return sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
+            shown = (
+                e for e in found if not e.name.startswith(".") and e.name not in SYSTEM_FOLDERS
+            )
+            return sorted(shown, key=lambda entry: entry.name)
     except OSError as error:
         raise cannot_read(folder, error) from error
 

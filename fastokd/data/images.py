@@ -1,7 +1,8 @@
-"""Decoding of image files and arrays into one uint8 tensor: color, orientation, size, memory."""
+"""Decoding of image files and arrays into one uint8 tensor: size and memory."""
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 from fastokd.data.dataset import invalid
+from fastokd.data.decoding import EXTENSIONS as EXTENSIONS
+from fastokd.data.decoding import central_part
+from fastokd.data.decoding import decode as decode
 from fastokd.errors import ConfigError, DataError, escape, summarize
 from fastokd.storage import available_memory
 
@@ -21,9 +25,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
-EXTENSIONS = frozenset(
-    {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
-)
 MEMORY_FRACTION = 0.5
 _CHUNK = 64
 
@@ -57,49 +58,15 @@ def check_image_size(image_size: int | None) -> None:
         raise ConfigError(f"image_size={image_size}: must be 1 or more pixels")
 
 
-def decode(path: str | Path | BytesIO) -> "Image.Image":
-    """Decode an image file or its bytes, of any format, into an upright 8-bit RGB image.
-
-    Grayscale, palette and CMYK images are converted; transparency is dropped; 16-bit grayscale
-    keeps its high byte, as Pillow does for 16-bit color; EXIF orientation is applied; the first
-    frame of an animation is used.
-
-    Raises:
-        Exception: any exception of Pillow, for a file that is missing, truncated, not an image, or
-            extremely large.
-    """
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as file:
-        file.load()
-        image: Image.Image = file
-        if file.getexif().get(0x0112, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        return to_rgb(image, file.format)
-
-
-def to_rgb(image: "Image.Image", format: str | None = None) -> "Image.Image":
-    """Convert an image of any mode to 8-bit RGB, see ``decode``; ``format`` is that of its file."""
-    from PIL import Image
-
-    # Pillow clips 16-bit grayscale at 255 when it converts to RGB, and knows no range for 32-bit
-    # integers and floats.
-    if image.mode.startswith("I;16") or (image.mode == "I" and format in ("PNG", "PPM")):
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"{image.mode}-mode pixels (32 bits) have no defined 8-bit range")
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
 def fit(image: "Image.Image", size: int) -> "Image.Image":
     """Scale the shorter side to ``size``, antialiased, then crop the central square."""
     from PIL import Image
 
-    width, height = image.size
-    if (width, height) == (size, size):
+    if image.size == (size, size):
         return image
+    if (part := central_part(*image.size)) != (0, 0, *image.size):
+        image = image.crop(part)
+    width, height = image.size
     shorter = min(width, height)
     width, height = size * width // shorter, size * height // shorter
     image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -219,4 +186,7 @@ def reason_of(error: Exception) -> str:
         return "too many pixels"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error) or type(error).__name__
+    # Without colors of a terminal and the paths of the machine that built the decoder.
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    text = re.sub(r"(\w+, )?\S+\.(cpp|cc|cu|h|hpp):\d+[],:]? *", "", text).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -6,13 +6,16 @@ the order of the images' names, and ImageNet's official ground truth, one number
 refers to ``meta.mat`` of the development kit.
 """
 
+import csv
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastokd.data.dataset import invalid
 from fastokd.data.files import read_lines
+from fastokd.data.text import conflict
 from fastokd.errors import MissingExtra, escape, summarize
 
 NAMES = (
@@ -51,11 +54,14 @@ def read_label_file(file: Path, images: Sequence[str], classes: Sequence[str]) -
     Raises:
         DataError: images without a label, unknown labels, or a file of another form.
     """
-    rows = [re.split(r"[\s,;]+", line) for line in read_lines(file)]
-    if rows and all(len(row) == 1 for row in rows):
-        labels = _in_order(file, [row[0] for row in rows], images, classes)
+    lines = read_lines(file)
+    if lines and (
+        set(lines) <= set(classes)
+        or all(len(line.split()) == 1 and not re.search("[,;]", line) for line in lines)
+    ):
+        labels = _in_order(file, lines, images, classes)
     else:
-        labels = _by_name(file, rows, images, classes)
+        labels = _by_name(file, _pairs(lines, images), images, classes)
     number = {name: label for label, name in enumerate(classes)}
     unknown = sorted({name for name in labels if name not in number})
     if unknown:
@@ -64,10 +70,43 @@ def read_label_file(file: Path, images: Sequence[str], classes: Sequence[str]) -
     return [number[name] for name in labels]
 
 
+def _pairs(lines: Sequence[str], images: Sequence[str]) -> list[tuple[str, str]]:
+    """Image and label of each line: separated by tabs, commas or semicolons if all lines have them,
+    with quotes as in CSV; else by blanks, which names may contain too.
+    """
+    mark = next((mark for mark in "\t,;" if all(mark in line for line in lines)), None)
+    if mark is not None:
+        rows = (row for row in csv.reader(lines, delimiter=mark) if len(row) > 1)
+        return [(row[0].strip(), row[1].strip()) for row in rows]
+    known = {*images, *(os.path.splitext(image)[0] for image in images)}
+    pairs = []
+    for line in lines:
+        words = re.split(r"([\s,;]+)", line)  # words and separators in turn
+        name, label = words[0], "".join(words[2:])
+        for end in range(1, len(words), 2):
+            if os.path.basename("".join(words[:end])) in known:
+                name, label = "".join(words[:end]), "".join(words[end + 1 :])
+        pairs.append((name, label))
+    return pairs
+
+
 def _by_name(
-    file: Path, rows: Sequence[Sequence[str]], images: Sequence[str], classes: Sequence[str]
+    file: Path, pairs: Sequence[tuple[str, str]], images: Sequence[str], classes: Sequence[str]
 ) -> list[str]:
-    labels = {os.path.basename(row[0]): row[1] for row in rows if len(row) > 1}
+    pairs = [(os.path.basename(name.replace("\\", "/")), label) for name, label in pairs]
+    # A list may have further columns, and the boxes of several objects of the class.
+    pairs = [
+        (name, label if label in classes else (label.split() or [""])[0]) for name, label in pairs
+    ]
+    if twice := conflict(pairs):
+        listed = [f"{name} as '{one}' and '{other}'" for name, (one, other) in twice.items()]
+        raise invalid(file, f"images with two classes: {summarize(listed)}; keep one line for each")
+    labels = dict(pairs)
+    known = {*images, *(os.path.splitext(image)[0] for image in images)}
+    if unused := [name for name, _ in pairs[1:] if name not in known]:
+        unused = list(dict.fromkeys(unused))  # the first line may be a heading
+        listed = f"{len(unused)} lines name no image of the split: {summarize(unused, 3)}"
+        warnings.warn(f"{escape(file)}: {listed}", stacklevel=2)
     found = [labels.get(image, labels.get(os.path.splitext(image)[0])) for image in images]
     missing = [image for image, label in zip(images, found, strict=True) if label is None]
     if missing:
@@ -87,6 +126,10 @@ def _by_name(
 def _in_order(
     file: Path, labels: Sequence[str], images: Sequence[str], classes: Sequence[str]
 ) -> list[str]:
+    if sorted(images, key=_natural) != sorted(images):
+        problem = "one class per line, but the images' names are in another order as numbers"
+        example = f"{summarize(sorted(images)[:3])}, ..."
+        raise invalid(file, f"{problem} than as text ({example}); write 'image class' lines")
     if len(labels) != len(images):
         problem = f"{len(labels)} labels for {len(images)} images"
         raise invalid(file, f"{problem}; a list without image names needs one line for each")
@@ -98,6 +141,12 @@ def _in_order(
         meta = escape(file.with_name("meta.mat"))
         raise invalid(file, f"numbers that {meta} does not have: {summarize(unknown)}")
     return [synsets[int(label)] for label in labels]
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """A sort key that compares runs of digits as numbers."""
+    parts = re.findall(r"\d+|\D+", name)
+    return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
 
 def _read_meta(file: Path) -> dict[int, str]:

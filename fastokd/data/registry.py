@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from fastokd.data import files
 from fastokd.data.augment import Augment
+from fastokd.data.containers import conversion
 from fastokd.data.dataset import Dataset, DataSource, Split, invalid, normalized_by, prepare
 from fastokd.data.files import FileDataset, FileSplit, decode_files
 from fastokd.data.images import Progress, check_image_size
@@ -24,6 +25,7 @@ _datasets: Registry[DatasetKind] = Registry(
         "cifar100": "fastokd.data.cifar:CIFAR100",
         "cinic10": "fastokd.data.cinic10:CINIC10",
         "svhn": "fastokd.data.svhn:SVHN",
+        "idx": "fastokd.data.idx:IDX",
         "csv": "fastokd.data.csv_list:CSV",
         "webdataset": "fastokd.data.webdataset:WEBDATASET",
         "folder": "fastokd.data.folder:FOLDER",
@@ -151,7 +153,7 @@ def list_files(
         augment=augment or source.augment or files.customary_augment(size),
         image_size=size,
         root=source.root,
-        ignored_files=source.ignored_files,
+        skipped=source.skipped,
     )
 
 
@@ -242,7 +244,8 @@ def resolve(spec: str | Path) -> tuple[DatasetKind, Path | None]:
             raise invalid(path, f"it holds {choice}")
         if matches or os.path.isdir(path):
             return kinds[matches[0] if matches else _FALLBACK], path
-        raise invalid(path, "it is a file; pass the dataset's folder, or a .csv list")
+        fix = conversion(path) or "pass the dataset's folder, or a .csv list"
+        raise invalid(path, f"it is a file; {fix}")
     if colon and not Path(name).is_absolute():
         get_dataset_kind(name)
     hint = did_you_mean(str(spec), _datasets)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastokd.data import loader, random_crop
 from fastokd.data.augment import Augment, crop, erase, flip, jitter, mix, normalize
+from fastokd.data.decoding import central_part
 from fastokd.data.files import MAX_REPLACED, FileSplit, check_bad_images
 from fastokd.data.loader import Batch, LoaderBase, LoaderSettings
 from fastokd.data.policies import PolicyDraws, apply_policy
@@ -85,6 +86,8 @@ def scaled(image: Tensor, framing: Framing) -> Tensor:
 
     if framing.random:
         return v2.resize(image, list(framing.size), antialias=True).permute(1, 2, 0)
+    left, top, right, bottom = central_part(image.shape[2], image.shape[1])
+    image = image[:, top:bottom, left:right]
     height, width = image.shape[1:]
     rows, columns = random_crop.cover(height, width, framing.cover_size)
     image = v2.resize(image, [rows, columns], antialias=True)

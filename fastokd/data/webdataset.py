@@ -20,14 +20,14 @@ import torch
 from fastokd.data import files
 from fastokd.data.dataset import DataSource, invalid
 from fastokd.data.files import FileSplit, Members, cannot_read
-from fastokd.data.folder import SPLIT_OF
+from fastokd.data.folder import split_folders
 from fastokd.data.images import EXTENSIONS
 from fastokd.data.kinds import DatasetKind
+from fastokd.data.split_names import split_of_name
 from fastokd.errors import escape, summarize
 
 CLASSES_FILE = "classes.txt"
 
-_SPLIT = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_OF)})(?![a-z])", re.IGNORECASE)
 _INTEGER = re.compile(r"-?\d+")
 _DIGITS = 18  # longer class numbers may not fit into int64
 
@@ -126,7 +126,7 @@ def _find_shards(root: Path) -> list[str]:
     """The shards in a folder and in its split folders, relative to it, by name."""
     return sorted(
         os.path.normpath(f"{folder}/{name}")
-        for folder in (".", *SPLIT_OF)
+        for folder in (".", *split_folders(root).folders.values())
         if os.path.isdir(root / folder)
         for name in os.listdir(root / folder)
         if name.endswith(".tar") and not name.startswith(".")
@@ -150,7 +150,7 @@ def _shards_by_split(path: Path) -> dict[str, list[str]]:
         raise invalid(path, "no .tar files there; pass the folder that holds the shards")
     by_split: dict[str, list[str]] = {}
     for shard in shards:
-        words = sorted({SPLIT_OF[word.lower()] for word in _SPLIT.findall(shard)})
+        words = sorted(split_of_name(shard))
         if len(words) > 1:
             both = " and ".join(words)
             raise invalid(path / shard, f"its name says {both}; keep one of these words")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastokd.data.images import decode, to_rgb
+from fastokd.data.decoding import decode, to_rgb
 
 if TYPE_CHECKING:
     from PIL import Image

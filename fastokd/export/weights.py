@@ -61,6 +61,15 @@ def load_weights(module: nn.Module, weights: Mapping[str, Any], where: str) -> N
             differences.
     """
     own, weights = module.state_dict(), strip_wrappers(weights)
+    # Files of torch before 0.4.1 lack these counters, which nothing but batch norm without momentum
+    # reads; torch accepts that too.
+    weights |= {
+        name: own[name]
+        for name in own
+        if name not in weights
+        and name.endswith("num_batches_tracked")
+        and name.replace("num_batches_tracked", "running_mean") in weights
+    }
     missing = [name for name in own if name not in weights]
     extra = [name for name in weights if name not in own]
     shapes = [

@@ -61,6 +61,15 @@ class ONELoss(MethodLoss):
 one_graph = ONELoss.make_graph
 
 
+def pooled_channels(shared: Tensor, channels: int) -> Tensor:
+    """The mean [B, channels] of maps [B, channels, H, W] or [B, H, W, channels], or of tokens
+    [B, T, channels].
+    """
+    if shared.ndim == 4 and shared.shape[1] == channels:
+        return F.adaptive_avg_pool2d(shared, 1).flatten(1)
+    return shared.flatten(1, -2).mean(1)
+
+
 class ONEGate(MethodModules):
     """The gate on the shared trunk: pooling, a linear layer to M values with batch norm, ReLU and
     softmax (official code).
@@ -74,7 +83,7 @@ class ONEGate(MethodModules):
 
     def forward(self, seen: BranchPass) -> dict[str, tuple[Tensor]]:
         """``scores``: one tensor [B, M], each branch's share."""
-        pooled = F.adaptive_avg_pool2d(seen.shared, 1).flatten(1)
+        pooled = pooled_channels(seen.shared, self.fc.in_features)
         return {"scores": (torch.softmax(F.relu(self.bn(self.fc(pooled))), 1),)}
 
 

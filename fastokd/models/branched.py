@@ -59,7 +59,8 @@ class Backbone:
     ``join`` makes the plain network of a trunk and a branch. ``image_size`` is the height and width
     of the images that the network is designed for. ``compressed(num_branches)``, if supported, is
     the network split for compression (AHBF Table 5): level M of M is the plain network's branch,
-    and each lower level has ``aux_blocks`` fewer blocks.
+    and each lower level has ``aux_blocks`` fewer blocks. ``whole``: the network cannot be split, so
+    its branch is all of it, and its feature maps are the images.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Backbone:
     join: Callable[[nn.Module, Branch], nn.Module]
     image_size: int = 32
     compressed: Callable[[int], "Backbone"] | None = None
+    whole: bool = False
 
 
 class Peer(nn.Module):

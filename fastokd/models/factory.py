@@ -33,6 +33,9 @@ _FAMILIES = {
     "shufflenet_v2": "shufflenetv2_x1_0",
     "xception": "xception",
 }
+ALIASES = {f"resnet{depth}": f"resnet{depth}_imagenet" for depth in (18, 34, 50)}
+"""The names of networks in torchvision and timm."""
+
 _models: Registry[Mapping[str, Backbone]] = Registry(
     "model",
     "BACKBONES",
@@ -101,6 +104,11 @@ def create_model(
         find_backbone(part, at, num_classes, split=topology == "branches" and num_branches > 1)
         for part in names
     ]
+    if chosen.build_companion is not None and (whole := [b.name for b in backbones if b.whole]):
+        reason = "torch.fx cannot follow its forward, and the method needs its feature maps"
+        raise ConfigError(
+            f"method '{method}' with model '{whole[0]}': {reason}; use baseline or dml"
+        )
     kept = chosen.kept
     if compression:
         compressed, kept = backbones[0].compressed, -1
@@ -203,6 +211,7 @@ def model_name(name: str) -> str:
     def plain(text: str) -> str:
         return "".join(filter(str.isalnum, text.lower()))
 
+    name = ALIASES.get(name.lower(), name)
     if name in _models:
         return name
     matches = [known for known in _models if plain(known) == plain(name)]

@@ -13,9 +13,9 @@ from torch import nn
 
 from fastokd.errors import ConfigError, MissingExtra, did_you_mean, first_line
 from fastokd.models.branch_out import Split, fresh_block
-from fastokd.models.branched import Backbone
+from fastokd.models.branched import Backbone, Branch
 from fastokd.models.summary import forward_flops
-from fastokd.models.tracing import list_split_points
+from fastokd.models.tracing import default_input_size, list_split_points
 from fastokd.plugins import plugin_network
 
 T = TypeVar("T")
@@ -74,14 +74,38 @@ def library_backbone(name: str, num_classes: int, at: str | None, split: bool = 
     Raises:
         ConfigError, MissingExtra: as ``library_network`` and ``branch_out``.
     """
-    template = _template(name, num_classes)
+    template, requested = _template(name, num_classes), at is not None
     if at is None:
-        points = list_split_points(template)
-        at = recommended_split_point(name) if split else next(reversed(points), None)
+        try:
+            points = list_split_points(template)
+        except ConfigError:
+            if split:
+                raise
+            return whole_backbone(name, default_input_size(template)[1])
+        if not (split or points):
+            return whole_backbone(name, default_input_size(template)[1])
+        at = recommended_split_point(name) if split else next(reversed(points))
         if at is None:
             raise ConfigError(f"{name} has no split point: no single tensor crosses between stages")
     networks = ((library_network(name, num_classes), fresh_block) for _ in itertools.count())
-    return Split(template, at).backbone(name, networks)
+    try:
+        return Split(template, at).backbone(name, networks)
+    except ConfigError:
+        if split or requested:
+            raise
+        return whole_backbone(name, default_input_size(template)[1])
+
+
+def whole_backbone(name: str, image_size: int) -> Backbone:
+    """A library's network that ``torch.fx`` cannot follow, as one branch without a trunk."""
+
+    def build_branch(num_classes: int, level: int, aux_blocks: int) -> Branch:
+        return Branch(nn.Identity(), library_network(name, num_classes), 3)
+
+    def join(trunk: nn.Module, branch: Branch) -> nn.Module:
+        return branch.head
+
+    return Backbone(name, nn.Identity, build_branch, join, image_size, whole=True)
 
 
 def library_split_points(name: str) -> list[str]:

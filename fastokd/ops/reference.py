@@ -29,6 +29,12 @@ PROBABILITY_FLOOR = 1e-30
 """Lowest probability of an external row inside logarithms, in every dtype and executor."""
 
 
+MASKED = -1e37
+"""Stands for -inf in logits, so that a class that two rows mask contributes 0 instead of NaN."""
+MASKED_LOSS = 1e30
+"""A term above this is infinite: the label or a class of the teacher is masked in the student."""
+
+
 def _label_logit(row: Tensor, target: Tensor) -> Tensor:
     """``<y, row>`` [B]. A label out of range gives NaN: wrong numbers must not look right."""
     if target.is_floating_point():
@@ -96,6 +102,8 @@ def node_rows(plan: Plan, inputs: Inputs) -> list[Tensor]:
     """
     dtype = compute_dtype(inputs.logits[0])
     rows = [row.to(dtype) for row in (*inputs.logits, *inputs.externals)]
+    for i in range(len(inputs.logits)):
+        rows[i] = rows[i].masked_fill(rows[i] == -torch.inf, MASKED)
     for node in plan.nodes:
         rows.append(_derived(plan, node, rows, inputs.weights, inputs.target))
     return rows
@@ -115,7 +123,8 @@ def _kl(plan: Plan, term: PlanTerm, rows: list[Tensor]) -> Tensor:
         value = (log_q.exp() * (log_q - log_p)).sum(1)
     elif term.eps_mode == EPS_EXACT:
         raised = p + term.eps
-        value = (raised * (raised.log() - log_q)).sum(1)
+        absent = (p == 0) & (log_q < -MASKED_LOSS)  # eps is for the classes that exist
+        value = (raised * (raised.log() - log_q)).masked_fill(absent, 0.0).sum(1)
     else:
         value = (p * (log_p - log_q)).sum(1)
         if term.eps_mode == EPS_FIRST_ORDER:
@@ -133,7 +142,8 @@ def term_values(plan: Plan, inputs: Inputs) -> Tensor:
             else _kl(plan, term, rows)
             for term in plan.terms
         ]
-        return torch.stack(values)
+        terms = torch.stack(values)
+        return terms.masked_fill(terms > MASKED_LOSS, torch.inf)
 
 
 def weighted_rows(term_weights: Tensor, terms: Tensor) -> Tensor:

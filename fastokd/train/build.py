@@ -2,13 +2,14 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastokd.models import BranchedModel, create_model
+from fastokd.models.layout import to_memory_format, unsafe_channels_last
 from fastokd.train.config import TEACHER, TrainConfig, fields_with_role
 from fastokd.train.fields import Role
 
@@ -42,7 +43,9 @@ def build_model(
         config.model, num_classes=num_classes, teacher=teacher, **model_layout(config)
     )
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    return model.to(device).to(memory_format=memory_format)
+    model.to(device)
+    to_memory_format(model, memory_format)
+    return model
 
 
 def meta_model(
@@ -56,6 +59,22 @@ def meta_model(
             teacher=None if teacher is None else copy.deepcopy(teacher).to("meta"),
             **model_layout(config),
         )
+
+
+def with_safe_layout(
+    config: TrainConfig, num_classes: int, device: torch.device, report: Callable[[str], object]
+) -> TrainConfig:
+    """The configuration, without channels-last where it would crash (``unsafe_channels_last``)."""
+    if not config.channels_last or device.type != "cpu":
+        return config
+    unsafe = unsafe_channels_last(meta_model(config, num_classes), device)
+    if unsafe is None:
+        return config
+    report(
+        f"channels-last is off: on this CPU, the gradient of {unsafe} (a strided 1 x 1 convolution"
+        " of few channels) would crash with it"
+    )
+    return dataclasses.replace(config, channels_last=False)
 
 
 def before_teaching(config: TrainConfig) -> TrainConfig:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 import types
 import warnings
 from collections.abc import Mapping
@@ -13,6 +14,29 @@ import yaml
 from fastokd import plugins
 from fastokd.errors import ConfigError, did_you_mean, first_line
 from fastokd.train.config import RETIRED, TrainConfig
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the floats of version 1.2, such as 1e-1, and without doubled keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if key in keys:
+                problem = f"the key '{key}' occurs twice; keep one"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            keys.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
+    list("-+.0123456789"),
+)
 
 
 def config_from_mapping(values: Mapping[str, Any], where: str) -> TrainConfig:
@@ -77,9 +101,12 @@ def load_config(text: str, where: str) -> TrainConfig:
         ConfigError: the text is not YAML, or a field is wrong.
     """
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not valid YAML: {first_line(error)}") from error
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or first_line(error)
+        raise ConfigError(f"{where} is not valid YAML: {line}{problem}") from error
     return config_from_mapping(values or {}, where)
 
 

@@ -19,7 +19,7 @@ from fastokd.data import (
     make_loader,
     open_dataset,
 )
-from fastokd.data.files import IMAGENET_MEAN, IMAGENET_STD, SMALL, peek_sizes
+from fastokd.data.files import IMAGENET_MEAN, IMAGENET_STD, SMALL, check_headers, peek_sizes
 from fastokd.data.images import MEMORY_FRACTION, Progress
 from fastokd.data.loader import best_file_loader, file_loaders, get_loader_kind
 from fastokd.errors import ConfigError
@@ -70,10 +70,16 @@ def open_data(
         spec = list_source(config.data)
         listed = list_files(spec, **options)
         if not _is_small(listed, config.image_size, device):
-            return listed
+            return _checked(listed)
     elif not get_loader_kind(loader).decoded:
-        return list_files(spec, **options)
+        return _checked(list_files(spec, **options))
     return open_dataset(spec, **options, progress=progress, bad_images=config.bad_images)
+
+
+def _checked(dataset: FileDataset) -> FileDataset:
+    """The dataset, after ``check_headers``: before training rather than at some step of it."""
+    check_headers(dataset.splits)
+    return dataset
 
 
 def with_augmentation(config: TrainConfig, dataset: AnyDataset) -> AnyDataset:

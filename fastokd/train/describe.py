@@ -1,5 +1,10 @@
 """Descriptions of a run, for the lines that it prints."""
 
+import os
+from collections import Counter
+from collections.abc import Sequence
+
+from fastokd.errors import summarize
 from fastokd.losses.method_loss import MethodLoss
 from fastokd.train.config import TrainConfig
 from fastokd.train.data import AnyDataset
@@ -15,10 +20,23 @@ def describe_run(config: TrainConfig) -> str:
 
 
 def describe_data(data: AnyDataset) -> str:
-    """One line with the numbers of classes and images."""
+    """One line with the numbers of classes and images, and of skipped files."""
     return (
         f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and"
-        f" {len(data.evaluation)} {data.evaluation.name} images"
+        f" {len(data.evaluation)} {data.evaluation.name} images{_describe_skipped(data.skipped)}"
+    )
+
+
+def _describe_skipped(names: Sequence[str]) -> str:
+    folders = [name for name in names if name.endswith("/")]
+    suffixes = Counter(
+        os.path.splitext(name)[1].lower() or "without suffix"
+        for name in names
+        if not name.endswith("/")
+    )
+    files = summarize([f"{count} {suffix}" for suffix, count in suffixes.most_common()])
+    return (f"; skipped files: {files}" if files else "") + (
+        f"; unused folders: {summarize(folders)}" if folders else ""
     )
 
 

@@ -255,10 +255,15 @@ def share_of_batch(config: TrainConfig, ranks: Ranks) -> BatchShare:
             f" batch of {config.batch_size}; use one of {', '.join(divisors)}"
         )
     if device_batch < 2 and not (config.sync_bn and ranks.size > 1):
-        raise ConfigError(
-            f"batch_size={config.batch_size} over {ranks.size} processes is one image at once, and"
-            f" batch norm needs two: use {2 * ranks.size} or more, or --sync-bn True"
-        )
+        given = f"batch_size={config.batch_size} over {ranks.size} processes"
+        if config.device_batch:
+            given = f"device_batch={config.device_batch}"
+        fix = "--device-batch 2" if config.device_batch else str(2 * ranks.size)
+        other = ", or --sync-bn True" if ranks.size > 1 else ""
+        if config.sync_bn:
+            other = " (--sync-bn needs several processes, and there is one)"
+        problem = f"{given} is one image at once, and batch norm needs two"
+        raise ConfigError(f"{problem}: use {fix} or more{other}")
     return BatchShare(config.batch_size, ranks.size, share // device_batch, device_batch)
 
 

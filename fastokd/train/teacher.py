@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,11 +154,21 @@ def open_teacher(config: TrainConfig, dataset: AnyDataset, device: torch.device)
         return _open_rows(path, _setting(config, "teacher_rows"), dataset, device)
     else:
         network, wanted = _own_network(path, dataset)
+    _check_finite(network, spec)
     digest = fingerprint(network.state_dict())
     count = sum(parameter.numel() for parameter in network.parameters())
     if not np.allclose(given, wanted, rtol=1e-6, atol=1e-9):
         network = Renormalized(network, given, wanted)
     return Teacher(f"{spec}, {count:,} parameters", digest, network=network)
+
+
+def _check_finite(network: nn.Module, spec: str) -> None:
+    """Raise ``CheckpointError`` for a teacher with weights that are NaN or infinite."""
+    states = network.state_dict().items()
+    broken = [name for name, each in states if not bool(each.isfinite().all())]
+    if broken:
+        problem = f"non-finite numbers in {len(broken)} weights, e.g. {broken[0]}"
+        raise CheckpointError(f"the teacher {spec} has {problem}; use another file of weights")
 
 
 def teacher_network(config: TrainConfig, num_classes: int) -> nn.Module | None:
@@ -236,10 +247,31 @@ def _open_rows(path: Path, kind: str, dataset: AnyDataset, device: torch.device)
         raise CheckpointError(
             f"{path} holds {rows}, and teacher_rows={kind}; pass teacher_rows={other}"
         )
+    labels = dataset.train.targets[index]
+    accuracy = _check_agreement(path, sample.argmax(1), labels, wanted[1])
     header, content = repr((wanted, str(table.dtype))), checked.view(torch.uint8).numpy().tobytes()
     fingerprint = hashlib.sha256(header.encode() + content).hexdigest()
-    description = f"{path}, {kind} of {wanted[0]} images"
+    description = f"{path}, {kind} of {wanted[0]} images; {accuracy}"
     return Teacher(description, fingerprint, rows=StoredRows(table, device))
+
+
+def _check_agreement(path: Path, predicted: Tensor, labels: Tensor, classes: int) -> str:
+    """The accuracy of stored rows on the training labels in words.
+
+    Raises:
+        CheckpointError: it is no better than that of the same predictions in random order, as for
+            rows of other images or columns in another order.
+    """
+    count = len(labels)
+    shares = [torch.bincount(each, minlength=classes) / count for each in (predicted, labels)]
+    chance, accuracy = float(shares[0] @ shares[1]), float((predicted == labels).double().mean())
+    text = f"accuracy {100 * accuracy:.1f} % on {count} training labels"
+    if accuracy <= chance + 3 * math.sqrt(chance * (1 - chance) / count) and chance < 0.9:
+        raise CheckpointError(
+            f"{path}: {text}, and {100 * chance:.1f} % is expected by chance; store the rows in the"
+            " order of the training images and the columns in the order of the classes"
+        )
+    return text
 
 
 def read_network(path: Path) -> tuple[nn.Module, Sequence[str], Mapping[str, Any]]:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from fastokd._moved import renamed_property
-from fastokd.data import Batch, Loader
+from fastokd.data import Batch, FileDataset, Loader
 from fastokd.data.dataset import split_off
 from fastokd.errors import Preempted, first_line, summarize
 from fastokd.export import student_record, write_student
 from fastokd.storage import write_json
 from fastokd.train.batches import BatchChoice, choose_batch, describe_batches
-from fastokd.train.build import is_before_teaching
+from fastokd.train.build import is_before_teaching, with_safe_layout
 from fastokd.train.cadence import Cadence, Due
 from fastokd.train.checkpoint import (
     CheckpointStore,
@@ -128,6 +128,7 @@ class Trainer:
             with contextlib.closing(reporter), local_main_first():
                 dataset = open_data(config, self.device, saved_data, reporter.decoding)
         self.dataset = prepared(config, dataset, saved_data, normalization_of(config, initial))
+        config = with_safe_layout(config, len(self.dataset.classes), self.device, reporter.info)
         self.teacher = teacher = open_teacher(config, self.dataset, self.device)
         config, reason = choose_batch(config, self.dataset, self.device, teacher, batch_choice)
         if reason:
@@ -215,10 +216,8 @@ class Trainer:
         self.last, self.best, self.best_epoch = state["last"], state["best"], state["best_epoch"]
         if self.epoch >= self.config.epochs:
             self.finish()  # the process may have been killed before it wrote the summary
-            count = f"{self.epoch} of {self.config.epochs} epochs"
-            raise RunIsFinished(
-                f"the run already finished {count}; pass a larger --epochs to continue"
-            )
+            done = f"the run already finished {self.epoch} of {self.config.epochs} epochs"
+            raise RunIsFinished(f"{done}; pass a larger --epochs to continue")
         self._restore_best()
         self._restore_position(state, exactly=not changed)
         if self.config.epochs != before.epochs:
@@ -306,7 +305,7 @@ class Trainer:
         if self.epoch < self.config.epochs:
             return self.summary()
         summary = self.finish()
-        last, best = 100 * summary.last[self.student_name], 100 * summary.best[self.student_name]
+        last, best = (100 * each[self.student_name] for each in (summary.last, summary.best))
         self.reporter.log(
             f"finished: {summary.epochs} epochs, {summary.seconds:.1f} s of training,"
             f" {summary.images_per_second:.0f} img/s; student {last:.2f} %, in its best epoch"
@@ -330,6 +329,8 @@ class Trainer:
             self.throughput.start_epoch(self.epoch, steps, self.done)
             if self.done < steps:
                 self._train_epoch()
+            if not self.last and isinstance(self.dataset, FileDataset):
+                self._save()  # evaluation may find a corrupt image, which then costs no epoch
             self.reporter.evaluating()
             self.step.mean_statistics()
             self._finish_epoch(self.step.measure(self._evaluation_batches()))

@@ -1,10 +1,14 @@
 """Files of weights: the dictionary of tensors in them, whatever wraps it."""
 
+import argparse
+import codecs
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +19,17 @@ ENTRIES = ("state_dict", "model", "model_state_dict", "network", "net")
 """Entries of a file that may hold the weights, in order of preference."""
 AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 """Entries with averaged weights, used if the file has no entry of ``ENTRIES``."""
+
+
+def _harmless() -> list[Any]:
+    """Classes of settings and numbers that training scripts save next to weights. Their
+    construction runs no code of the file.
+    """
+    scalar = np.dtype(np.float64).type(0).__reduce__()[0]
+    kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
+    # numpy before 2.0 has the function in another module, under which older files name it.
+    old = (scalar, "numpy.core.multiarray.scalar")
+    return [argparse.Namespace, scalar, old, np.dtype, *kinds, codecs.encode]
 
 
 def read_file(path: Path) -> tuple[Mapping[str, Any], bool]:
@@ -28,7 +43,8 @@ def read_file(path: Path) -> tuple[Mapping[str, Any], bool]:
 
     try:
         if path.suffix != ".safetensors":
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_harmless()):
+                content = torch.load(path, map_location="cpu", weights_only=True)
             content = content if isinstance(content, Mapping) else {}
             return content, {"config_hash", "classes", "model"} <= content.keys()
         with safe_open(path, framework="pt") as file:
@@ -39,10 +55,12 @@ def read_file(path: Path) -> tuple[Mapping[str, Any], bool]:
         if reason.isdigit():  # a KeyError of pickle for text
             reason = "it was not written by torch.save or safetensors"
         if "weights_only" in str(error) or "Weights only" in reason:
-            reason = (
-                "it has pickled objects other than tensors, which are not loaded because they could"
-                " run code; save the state dict alone"
-            )
+            named = re.search(r"(?:GLOBAL|global|class) '?([\w.]+\.\w+)", str(error))
+            raise CheckpointError(
+                f"{path} has pickled objects other than tensors"
+                f"{f' ({named[1]})' if named else ''}, which are not loaded because they could run"
+                " code; save the weights alone: torch.save(model.state_dict(), FILE)"
+            ) from error
         message = f"{path} is damaged or not a file of weights ({reason})"
         raise CheckpointError(message) from error
 

@@ -216,7 +216,10 @@ struct Forward : Rows<Real> {
         total += Base::only_used(at.q * (at.log_q - at.log_p), i);
       } else {
         const Vec with_eps = at.p + edge.eps;
-        total += Base::only_used(with_eps * (at.log_with_eps - at.log_q), i);
+        const Vec part = with_eps * (at.log_with_eps - at.log_q);
+        // A class that both rows mask; eps is for the classes that exist.
+        const auto absent = (at.log_q < Vec{} - static_cast<Real>(kMaskedLoss)) & (at.p == Vec{});
+        total += Base::only_used(absent ? Vec{} : part, i);
         const Vec more = edge.teacher_softmax >= 0 ? at.p * (at.log_with_eps - at.log_q) : with_eps;
         inner_total += Base::only_used(more, i);
       }
@@ -299,6 +302,7 @@ struct Forward : Rows<Real> {
         if (smoothing != 0)
           loss = (1 - smoothing) * loss + smoothing * (logs[program.softmax_at_one[n]] - shifted_sums[n] / classes);
       }
+      if (loss > static_cast<Real>(kMaskedLoss)) loss = static_cast<Real>(__builtin_inf());
       static_cast<Real*>(call.terms)[i * call.batch + row] = loss;
       const Real weight = this->term_weight(i);
       if (weight != 0 || call.term_weights.row_stride == 0) total += weight * loss;

@@ -33,6 +33,9 @@ FASTOKD_INLINE void for_vectors(int64_t count, Body body) {
   for (; i < count; i += width) body(Count<1>{}, i);
 }
 
+// Stands for -inf in logits, and the value above which a term is infinite; as in fastokd/ops/reference.py.
+constexpr double kMasked = -1e37, kMaskedLoss = 1e30;
+
 template <class Real>
 struct Rows {
   using Lane = Lanes<Real>;
@@ -153,6 +156,11 @@ struct Rows {
       switch (node.kind) {
         case kLogits:
           load_row(call.tensors[n], row, start, count, value(n));
+          // A class at -inf in two rows: their difference must be 0, not NaN.
+          for (int64_t i = 0; i < padded; i += width) {
+            const Vec v = load(value(n) + i);
+            store(value(n) + i, v < Vec{} - Lane::max ? Vec{} + static_cast<Real>(kMasked) : v);
+          }
           fill_unused(value(n), -Lane::max);
           break;
         case kExternal: external(n); break;

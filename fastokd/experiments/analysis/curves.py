@@ -9,6 +9,7 @@ from typing import Any
 from fastokd.experiments.analysis.figures import (
     FigureFiles,
     encoded,
+    label_of,
     panel_grid,
     require_matplotlib,
 )
@@ -167,7 +168,7 @@ def _draw_panel(axes: Any, groups: Groups, panel: _Panel) -> list[str]:
         seeds = f" (mean and range of {len(curves)} seeds)" if len(curves) > 1 else ""
         marker = "." if len(epochs) == 1 else ""
         line = {"color": color, "linestyle": style, "linewidth": 2, "marker": marker}
-        axes.plot(epochs, mean, **line, label=f"{label}{seeds}")
+        axes.plot(epochs, mean, **line, label=f"{label_of(label)}{seeds}")
         if len(curves) > 1:
             low, high = [min(each) for each in values], [max(each) for each in values]
             axes.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)

@@ -8,8 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastokd.errors import MissingExtra
+from fastokd.errors import MissingExtra, escape
 from fastokd.storage import write_atomically
+
+MOST_CHARACTERS = 40
+
+
+def label_of(name: str) -> str:
+    """A name of a class or run as a short line of text. matplotlib hides labels that start with an
+    underscore, so these get a leading blank.
+    """
+    text = escape(name)
+    text = text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 1]}…"
+    return f" {text}" if text.startswith("_") else text
 
 
 def require_matplotlib() -> Any:
@@ -19,6 +30,7 @@ def require_matplotlib() -> Any:
     except ImportError:
         raise MissingExtra("drawing needs matplotlib: pip install -e '.[plots]'") from None
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # names of classes and runs may contain "$"
     import matplotlib.pyplot
 
     return matplotlib.pyplot

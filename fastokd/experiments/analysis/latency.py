@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastokd.experiments.timing import processor
+from fastokd.models.layout import to_memory_format
 from fastokd.train.precision import without_tf32
 
 BATCH_SIZES = (1, 128)
@@ -63,7 +64,7 @@ def measure_latency(
         return time.perf_counter() - started
 
     try:
-        network.to(device).to(memory_format=torch.channels_last)
+        to_memory_format(network.to(device), torch.channels_last)
         images = torch.randn(batch_size, 3, *image_size)
         images = images.to(device, memory_format=torch.channels_last)
         for _ in range(WARM_UP):

@@ -126,7 +126,7 @@ def _tsne(study: _Study) -> Drawing:
             f"{numbers[name]}: {name}{' (student)' if name == student else ''}" for name in group
         )
         axes.set(xticks=[], yticks=[], xlabel="  ".join(names))
-    legend = {classes[index]: color for index, color in colors.items()}
+    legend = {figures.label_of(classes[index]): color for index, color in colors.items()}
     if int((counts > 0).sum()) > len(colors):
         legend["other classes"] = "lightgray"
     handles = [
@@ -348,5 +348,6 @@ def _percentages(
     scale = {"vmin": 0, "vmax": 100, "cmap": "viridis"}
     image = figures.draw_heat_map(axes, numbers, texts, "x-small", **scale)
     figure.colorbar(image, ax=axes, label="%")
+    lines, columns = (list(map(figures.label_of, names)) for names in (lines, columns))
     axes.set_yticks(range(len(lines)), lines, fontsize="small")
     axes.set_xticks(range(len(columns)), columns, fontsize="small", rotation=90)

@@ -1,0 +1,264 @@
+"""Decoding of one image file: colors, orientation, damage, and the files that all decoders decode
+alike.
+
+``decode`` defines the pixels of every file that it accepts. Other decoders are faster, and are used
+for files for which ``decodes_alike`` is true.
+"""
+
+import itertools
+import struct
+import zlib
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_NAMES = (
+    "apng avif bmp dds dib gif ico j2c j2k jfif jp2 jpc jpe jpeg jpf jpg jpx mpo pbm pcx pgm png"
+    " pnm ppm qoi ras sgi tga tif tiff webp"
+)
+EXTENSIONS = frozenset(f".{name}" for name in _NAMES.split())
+"""Extensions, in lower case, of the formats that ``decode`` reads."""
+
+JPEG = b"\xff\xd8\xff"
+PNG = b"\x89PNG\r\n\x1a\n"
+MOST_ELONGATED = 64
+"""Images that are longer by more than this factor are narrowed before they are scaled."""
+
+_ORIENTATION = 0x0112
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))  # fmt: skip # noqa: E501
+_COLOR_DEPENDENT = frozenset({b"acTL", b"eXIf", b"iTXt", b"tRNS", b"zTXt"})
+"""PNG chunks about orientation, transparency and animation, which decoders treat differently."""
+
+
+def decode(source: str | Path | BytesIO) -> "Image.Image":
+    """Decode an image file or its bytes, of any format, into an upright 8-bit RGB image.
+
+    Grayscale, palette and CMYK images are converted; transparency is dropped; grayscale of 9 to 16
+    bits keeps its 8 high bits, as Pillow does for 16-bit color; the orientation in EXIF or XMP is
+    applied; the first frame of an animation is used.
+
+    Raises:
+        Exception: any exception of Pillow, for a file that is missing, truncated, not an image, or
+            extremely large; ``ValueError`` for damage that Pillow tolerates.
+    """
+    from PIL import Image
+
+    content = source.getvalue() if isinstance(source, BytesIO) else Path(source).read_bytes()
+    with Image.open(BytesIO(content)) as file:
+        file.load()
+        _check_complete(content, file)
+        image: Image.Image = file
+        turn = {
+            2: Image.Transpose.FLIP_LEFT_RIGHT,
+            3: Image.Transpose.ROTATE_180,
+            4: Image.Transpose.FLIP_TOP_BOTTOM,
+            5: Image.Transpose.TRANSPOSE,
+            6: Image.Transpose.ROTATE_270,
+            7: Image.Transpose.TRANSVERSE,
+            8: Image.Transpose.ROTATE_90,
+        }.get(_orientation(file))
+        if turn is not None:
+            image = image.transpose(turn)
+        return to_rgb(image, file.format, getattr(file, "tag_v2", {}))
+
+
+def to_rgb(image: "Image.Image", format: str | None = None, tags: object = ()) -> "Image.Image":
+    """Convert an image of any mode to 8-bit RGB, see ``decode``; ``format`` and the TIFF ``tags``
+    are those of its file.
+    """
+    # Pillow clips 16-bit grayscale at 255 when it converts to RGB, and knows no range for 32-bit
+    # integers and floats.
+    if image.mode.startswith("I;16") or (image.mode == "I" and format in ("PNG", "PPM")):
+        image = _high_byte(image, tags)
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"{image.mode}-mode pixels (32 bits) have no defined 8-bit range")
+    elif image.mode == "LAB":
+        raise ValueError("LAB colors have no defined conversion to RGB; convert the file")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _orientation(file: "Image.Image") -> int:
+    """The orientation, 1 to 8, in EXIF or XMP; 1 where it cannot be read."""
+    try:
+        orientation = file.getexif().get(_ORIENTATION, 1)
+    except Exception:  # metadata is often damaged, and says nothing about the pixels
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+def _high_byte(image: "Image.Image", tags: object) -> "Image.Image":
+    """The 8 high bits of grayscale with 9 to 16 bits; ``tags`` are those of a TIFF file."""
+    from PIL import Image
+
+    bits, photometric = 16, 1
+    if tags:
+        bits = tags.get(258, (16,))[0]  # type: ignore[attr-defined]
+        photometric = tags.get(262, 1)  # type: ignore[attr-defined]
+    levels = np.asarray(image).astype(np.int64) >> (bits - 8)
+    if photometric == 0:  # white is zero, which Pillow inverts only for 8 bits
+        levels = 255 - levels
+    return Image.fromarray(levels.astype(np.uint8))
+
+
+class _Header(NamedTuple):
+    """The fields of a PNG file's IHDR chunk."""
+
+    width: int
+    height: int
+    bits: int
+    color: int
+    compression: int
+    filtering: int
+    interlaced: int
+
+    @property
+    def num_bytes(self) -> int:
+        """The number of decompressed bytes of all rows."""
+        passes = _ADAM7 if self.interlaced else ((0, 0, 1, 1),)
+        total = 0
+        for left, top, across, down in passes:
+            columns = max(0, -(-(self.width - left) // across))
+            rows = max(0, -(-(self.height - top) // down))
+            bits = columns * self.bits * _CHANNELS.get(self.color, 1)
+            total += rows * (1 + -(-bits // 8)) if columns else 0
+        return total
+
+
+def _png_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The names and contents of a PNG file's chunks, up to IEND.
+
+    Raises:
+        ValueError: a wrong checksum, or no IEND.
+    """
+    position = len(PNG)
+    while position + 12 <= len(content):
+        length, name = struct.unpack_from(">I4s", content, position)
+        data = content[position + 8 : position + 8 + length]
+        checksum = content[position + 8 + length : position + 12 + length]
+        if len(checksum) == 4 and zlib.crc32(data, zlib.crc32(name)) != int.from_bytes(checksum):
+            shown = name.decode("ascii", "replace")
+            raise ValueError(f"damaged: the checksum of its PNG chunk {shown} is wrong")
+        yield name, data
+        if name == b"IEND":
+            return
+        position += 12 + length
+    raise ValueError("truncated: the PNG file has no end marker")
+
+
+def _check_complete(content: bytes, image: "Image.Image") -> None:
+    """Raise ``ValueError`` for damage that Pillow tolerates in a file that it decoded."""
+    if content.startswith(PNG):
+        chunks = list(_png_chunks(content))
+        header = _Header(*struct.unpack(">IIBBBBB", chunks[0][1]))
+        # Missing rows are left at zero.
+        if (
+            header.interlaced
+            or not np.asarray(image.crop((0, image.height - 1, *image.size))).any()
+        ):
+            stream = zlib.decompressobj()
+            pixels = b"".join(data for name, data in chunks if name == b"IDAT")
+            if len(stream.decompress(pixels, header.num_bytes)) < header.num_bytes:
+                raise ValueError("truncated: rows of the PNG file are missing")
+    elif content.startswith(JPEG):
+        check_jpeg_rows(content, np.asarray(image.crop((0, image.height - 1, *image.size))))
+
+
+def check_jpeg_rows(content: bytes, last_row: "np.typing.NDArray[np.uint8]") -> None:
+    """Raise ``ValueError`` if rows are missing before the end marker of a JPEG file, for which
+    libjpeg returns mid-gray: then further data before the marker changes the last row.
+    """
+    from PIL import Image
+
+    end = content.rfind(b"\xff\xd9")
+    if end < 0 or not (last_row == 128).all():
+        return
+    longer = content[:end] + bytes(range(1, 200)) * 8 + content[end:]
+    try:
+        with Image.open(BytesIO(longer)) as image:
+            changed = np.asarray(image.crop((0, image.height - 1, *image.size)))
+    except Exception:  # the further data is damage that is noticed
+        return
+    if not (changed == 128).all():
+        raise ValueError("truncated: rows of the JPEG file are missing")
+
+
+def decodes_alike(content: bytes) -> bool:
+    """True if every decoder gives an image file the pixels of ``decode``, up to rounding: 8-bit
+    JPEG, PNG and WebP files without properties that decoders treat differently.
+    """
+    try:
+        if content.startswith(PNG):
+            return _plain_png(content)
+        if content.startswith(JPEG) and (size := _simple_jpeg(content)) is not None:
+            return not is_elongated(*size)
+        from PIL import Image
+
+        with Image.open(BytesIO(content)) as image:
+            info, mode = image.info, image.mode
+            if is_elongated(*image.size) or b"Orientation" in bytes(info.get("xmp", b"")):
+                return False
+            if image.format == "WEBP":
+                animated = getattr(image, "is_animated", False)
+                return mode == "RGB" and not animated and "exif" not in info
+            valid = image.getexif().get(_ORIENTATION, 1) in range(1, 9)
+            jpeg = image.format in ("JPEG", "MPO") and mode in ("L", "RGB")
+            return jpeg and valid and info.get("adobe_transform", 1) == 1
+    except Exception:  # reported when it is decoded
+        return False
+
+
+def _plain_png(content: bytes) -> bool:
+    chunks = list(_png_chunks(content))
+    header = _Header(*struct.unpack(">IIBBBBB", chunks[0][1]))
+    text = any(name == b"tEXt" and data.startswith(b"Raw profile") for name, data in chunks)
+    plain = header.bits == 8 and _COLOR_DEPENDENT.isdisjoint(name for name, _ in chunks)
+    return plain and not text and not is_elongated(header.width, header.height)
+
+
+def _simple_jpeg(content: bytes) -> tuple[int, int] | None:
+    """Width and height of a JPEG file of 8 bits in gray or YCbCr, without the segments of EXIF,
+    XMP and Adobe; None for others. It is fast, because it runs for every image of a first epoch.
+    """
+    position = 2
+    for _ in itertools.repeat(None, 64):
+        mark, kind, length = struct.unpack_from(">BBH", content, position)
+        if mark != 0xFF or kind in (0xE1, 0xEE):
+            return None
+        if kind in (0xC0, 0xC1, 0xC2):
+            bits, height, width, count = struct.unpack_from(">BHHB", content, position + 4)
+            first = content[position + 10]
+            return (
+                (width, height)
+                if bits == 8 and (count == 1 or (count == 3 and first == 1))
+                else None
+            )
+        if 0xC3 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
+            return None
+        position += 2 + length
+    return None
+
+
+def is_elongated(width: int, height: int) -> bool:
+    """True for an image that is narrowed before it is scaled."""
+    return max(width, height) > MOST_ELONGATED * min(width, height)
+
+
+def central_part(width: int, height: int) -> tuple[int, int, int, int]:
+    """The box (left, top, right, bottom) of the part of an elongated image that a central square
+    and its filter need; all of another image. Scaling the whole image would need memory in
+    proportion to its length.
+    """
+    if not is_elongated(width, height):
+        return 0, 0, width, height
+    most = MOST_ELONGATED * min(width, height)
+    across, down = (max(0, (side - most) // 2) for side in (width, height))
+    return across, down, width - across, height - down

@@ -1,0 +1,41 @@
+"""The channels-last memory format of networks, and where it must not be used."""
+
+import torch
+from torch import Tensor, nn
+
+FEWEST_CHANNELS = 16
+
+
+def to_memory_format(network: nn.Module, memory_format: torch.memory_format) -> nn.Module:
+    """Lay the 4-d weights of a network out in a memory format, in place; returns the network.
+
+    ``Module.to`` also converts 5-d weights, which cannot be channels-last.
+    """
+
+    def convert(tensor: Tensor) -> Tensor:
+        return tensor.contiguous(memory_format=memory_format) if tensor.ndim == 4 else tensor
+
+    return network._apply(convert)
+
+
+def has_avx512() -> bool:
+    """True if torch uses the AVX-512 instructions of this CPU."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def unsafe_channels_last(network: nn.Module, device: torch.device) -> str | None:
+    """The name of a convolution whose weight gradient corrupts memory in channels-last, or None:
+    strided, 1 x 1, with fewer than 16 input channels, on a CPU with AVX-512
+    (https://github.com/uxlfoundation/oneDNN, weight gradient of ``jit_uni_1x1``).
+    """
+    if device.type != "cpu" or not has_avx512():
+        return None
+    for name, module in network.named_modules():
+        if (
+            isinstance(module, nn.Conv2d)
+            and module.kernel_size == (1, 1)
+            and max(module.stride) > 1
+            and module.in_channels // module.groups < FEWEST_CHANNELS
+        ):
+            return name
+    return None
