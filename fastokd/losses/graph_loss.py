@@ -13,7 +13,7 @@ from fastokd.losses import checks
 from fastokd.losses.dense import DenseLayout
 from fastokd.losses.inputs import ExtraTerm as ExtraTerm
 from fastokd.losses.inputs import GraphInputs as GraphInputs
-from fastokd.losses.inputs import LoweredGraph
+from fastokd.losses.inputs import LoweredGraph as LoweredGraph
 from fastokd.losses.options import Impl, Reduction
 from fastokd.losses.row_weights import RowWeights, weigh_rows
 from fastokd.ops import Inputs, check_impl, evaluate, forward_backward

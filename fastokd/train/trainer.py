@@ -486,8 +486,7 @@ class Trainer:
         self._check_finite()
         self._save()
         received = max(gather_states(self.signals.received))
-        # The exchanges wait until the checkpoint is written: if one process exits, a launcher kills
-        # the others.
+        # Exchanged after the checkpoint is written: if one process exits, a launcher kills all.
         kind = Interrupted if received == signal.SIGINT else Preempted
         raise kind(from_main(self._stopped(received) if self.ranks.is_main else ""))
 
