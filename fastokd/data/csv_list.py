@@ -145,8 +145,8 @@ class Finder:
         self._names = functools.cache(_images_by_name)
 
     def __call__(self, file: str) -> tuple[str, object]:
-        """The path unchanged, or that of the one file that differs from it by backslashes, case, encoding
-        or a missing extension; and an identity, equal for all paths of a file.
+        """The path unchanged, or that of the one file that differs from it by backslashes, case,
+        encoding or a missing extension; and an identity, equal for all paths of a file.
 
         Raises:
             DataError: several files match.
