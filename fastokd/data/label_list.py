@@ -105,8 +105,8 @@ def _by_name(
     known = {*images, *(os.path.splitext(image)[0] for image in images)}
     if unused := [name for name, _ in pairs[1:] if name not in known]:
         unused = list(dict.fromkeys(unused))  # the first line may be a heading
-        listed = f"{len(unused)} lines name no image of the split: {summarize(unused, 3)}"
-        warnings.warn(f"{escape(file)}: {listed}", stacklevel=2)
+        problem = f"{len(unused)} lines name no image of the split: {summarize(unused, 3)}"
+        warnings.warn(f"{escape(file)}: {problem}", stacklevel=2)
     found = [labels.get(image, labels.get(os.path.splitext(image)[0])) for image in images]
     missing = [image for image, label in zip(images, found, strict=True) if label is None]
     if missing:
