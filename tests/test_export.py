@@ -546,7 +546,7 @@ def test_eval_without_onnxruntime_names_the_extra(run, capsys, monkeypatch):
     mistake(
         call(capsys, "eval", file_of(run, "onnx"), "--data", "digits"),
         2,
-        r"pip install 'fastokd\[export\]'",
+        r"pip install -e '\.\[export\]'",
     )
 
 
