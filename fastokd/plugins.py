@@ -215,7 +215,7 @@ def load_installed() -> None:
 
 
 def script() -> Path | None:
-    """The running program's file if it has registered a name of its own, else None."""
+    """The running program's file if it has registered a name, else None."""
     path = _main_file()
     return path if path is not None and str(path) in _origins.values() else None
 

@@ -492,7 +492,7 @@ def test_unknown_timm_name_is_suggested(monkeypatch):
     ):
         create_student("timm:resnet81", 10)
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'fastokd\[timm\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install -e '\.\[timm\]'"):
         create_student("timm:resnet18", 10)
 
 

@@ -27,7 +27,7 @@ from fastokd.train.rules import check_config
 
 RESUME = {
     *("data", "device", "epochs", "impl", "compile", "cuda_graph", "streams", "flat"),
-    *("cast_once", "keep_checkpoints", "save_minutes", "log_to"),
+    *("cast_once", "keep_checkpoints", "save_minutes", "log_to", "plugin"),
 }
 ROLES = {
     Role.RESUME: RESUME,

@@ -195,7 +195,7 @@ def test_missing_dali_names_the_extra(tmp_path, monkeypatch):
 
     split = write_split(tmp_path, 4)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'fastokd\[dali\]'.*--loader torchvision"):
+    with pytest.raises(MissingExtra, match=r"pip install -e '\.\[dali\]'.*--loader torchvision"):
         DaliLoader(split, 2, True, size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1))
 
 

@@ -536,7 +536,7 @@ def test_missing_package_names_the_extra(
     mistake(
         call(capsys, "export", twin_run, "--to", to, "--out", tmp_path),
         2,
-        rf"pip install 'fastokd\[{extra}\]'",
+        rf"pip install -e '\.\[{extra}\]'",
     )
     assert not list(tmp_path.iterdir())
 
@@ -546,7 +546,7 @@ def test_eval_without_onnxruntime_names_the_extra(run, capsys, monkeypatch):
     mistake(
         call(capsys, "eval", file_of(run, "onnx"), "--data", "digits"),
         2,
-        r"pip install 'fastokd\[export\]'",
+        r"pip install -e '\.\[export\]'",
     )
 
 

@@ -255,7 +255,7 @@ def test_missing_package_is_reported_first(tmp_path, monkeypatch, name, package)
         lambda: Trainer(config, RunFolder(tmp_path), Reporter(silent=True)),
     ):
         with pytest.raises(
-            MissingExtra, match=rf"--log-to {name} needs .*: pip install 'fastokd\[{name}\]'"
+            MissingExtra, match=rf"--log-to {name} needs .*: pip install -e '\.\[{name}\]'"
         ):
             ask()
     assert list(tmp_path.iterdir()) == []

@@ -143,7 +143,7 @@ def test_auto_loader_reports_its_reason(tree, monkeypatch):
     assert loader_name(streamed, dataset, cpu) == "torchvision"
     assert re.search(
         r"loader torchvision: .*; dali cannot run \(DALI cannot be imported .*pip install"
-        r" 'fastokd\[dali\]'",
+        r" -e '\.\[dali\]'",
         explain_loader(streamed, dataset, cpu),
     )
     small = TrainConfig(data=str(tree), image_size=24)

@@ -49,7 +49,7 @@ def _verdict(row: Row, names: dict[str, str]) -> str:
 
 
 def headline(comparison: Comparison) -> list[str]:
-    """The verdicts, or the reason why there are none."""
+    """The verdicts, or the reason for their absence."""
     if found := verdicts(comparison):
         return found
     if len(comparison.rows) > 1 and not any(is_alone(row.group.config) for row in comparison.rows):
