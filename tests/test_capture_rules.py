@@ -34,6 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixup": 0.2,
     },
     "views": {"method": "kdcl", "method_options": {"icl": True}},
+    "stochastic depth": {"method": "ahbf", "drop_path": 0.3},
 }
 CASES = {**METHODS, **OPTIONS}
 STREAMS = pytest.mark.parametrize("streams", [True, False], ids=["streams", "one stream"])

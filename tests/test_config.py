@@ -36,7 +36,7 @@ ROLES = {
         *("batch_size", "device_batch", "image_size", "resize_schedule", "mixup", "cutmix"),
         *("loader", "loader_options", "optimizer", "ema", "precision", "channels_last", "impl"),
         *("compile", "cuda_graph", "flat", "cast_once", "sync_bn", "deterministic"),
-        *("auto_augment", "auto_augment_options", "color_jitter", "random_erasing"),
+        *("auto_augment", "auto_augment_options", "color_jitter", "random_erasing", "drop_path"),
     },
     Role.SWITCH: {*("channels_last", "compile", "cuda_graph", "streams", "flat", "cast_once")},
     Role.TRAINED: {

@@ -174,7 +174,7 @@ FINE_TUNING = Preset(
             f"alone from the weights, {epochs} epochs": override(
                 _FINE, {**_START, "epochs": epochs}
             )
-            for epochs in (50, 122)
+            for epochs in (50, 123)
         },
         "alone and a teacher from the weights": override(_FINE, {**_START, "teacher": LARGER}),
         "AHBF from the weights": override(_FINE, {**_START, **_BRANCHES}),
@@ -187,7 +187,7 @@ FINE_TUNING = Preset(
         ((LARGER, "from scratch", "alone from the weights"), (0, 1, 2)),
         (("AHBF from the weights", "AHBF and a teacher from the weights"), (0, 1, 2)),
         (("alone and a teacher from the weights",), (0, 1, 2)),
-        (("alone from the weights, 50 epochs", "alone from the weights, 122 epochs"), (0, 1, 2)),
+        (("alone from the weights, 50 epochs", "alone from the weights, 123 epochs"), (0, 1, 2)),
     ),
     images=fine_tuning,
     alone="alone from the weights",

@@ -12,6 +12,7 @@ from torch import nn
 from fastokd.errors import ConfigError, MissingExtra, did_you_mean, first_line
 from fastokd.models.branch_out import Split, fresh_block
 from fastokd.models.branched import Backbone
+from fastokd.models.drop_path import library_drop_path
 from fastokd.models.tracing import list_split_points
 
 T = TypeVar("T")
@@ -27,11 +28,14 @@ def is_library_name(name: str) -> bool:
     return ":" in name
 
 
-def library_network(name: str, num_classes: int) -> nn.Module:
+def library_network(name: str, num_classes: int, drop_path: float | None = None) -> nn.Module:
     """Build "torchvision:NAME" or "timm:NAME" with fresh weights, without auxiliary classifiers.
 
+    ``drop_path`` is the rate of stochastic depth; None for the library's.
+
     Raises:
-        ConfigError: the name is unknown, or the library cannot build the network.
+        ConfigError: the name is unknown, or the library cannot build the network, or it has no
+            stochastic depth.
         MissingExtra: timm is not installed.
     """
     library, _, network = name.partition(":")
@@ -39,6 +43,8 @@ def library_network(name: str, num_classes: int) -> nn.Module:
         hint = did_you_mean(library, LIBRARIES)
         raise ConfigError(f"unknown library '{library}' in model '{name}'{hint}")
     build = _torchvision(network) if library == "torchvision" else _timm(network)
+    if drop_path is not None:
+        build = library_drop_path(name, build, drop_path)
     try:
         try:
             return build(num_classes=num_classes)
@@ -47,6 +53,8 @@ def library_network(name: str, num_classes: int) -> nn.Module:
                 raise
             with torch.device("cpu"):  # the constructor computes with tensor values
                 return build(num_classes=num_classes)
+    except ConfigError:
+        raise
     except Exception as error:  # constructors of libraries raise any exception
         reason = f"cannot be built for {num_classes} classes ({first_line(error)})"
         raise ConfigError(f"{name} {reason}") from error
@@ -58,7 +66,9 @@ def without_auxiliary(name: str, weights: Mapping[str, T]) -> dict[str, T]:
     return {key: value for key, value in weights.items() if not key.startswith(prefixes)}
 
 
-def library_backbone(name: str, num_classes: int, at: str | None, split: bool = True) -> Backbone:
+def library_backbone(
+    name: str, num_classes: int, at: str | None, split: bool = True, drop_path: float | None = None
+) -> Backbone:
     """A library's network split at ``at``; each branch gets the library's initialization.
 
     ``at`` may be None without ``split`` (several branches share the trunk), where every split point
@@ -68,7 +78,7 @@ def library_backbone(name: str, num_classes: int, at: str | None, split: bool = 
         ConfigError, MissingExtra: as ``library_network`` and ``branch_out``. If ``at`` is missing,
             the message lists the split points.
     """
-    template = _template(name, num_classes)
+    template = _template(name, num_classes, drop_path)
     if at is None:
         points = list_split_points(template)
         if split or not points:
@@ -77,7 +87,9 @@ def library_backbone(name: str, num_classes: int, at: str | None, split: bool = 
                 f" {', '.join(points) or 'none'}"
             )
         at = points[-1]
-    networks = ((library_network(name, num_classes), fresh_block) for _ in itertools.count())
+    networks = (
+        (library_network(name, num_classes, drop_path), fresh_block) for _ in itertools.count()
+    )
     return Split(template, at).backbone(name, networks)
 
 
@@ -86,10 +98,10 @@ def library_split_points(name: str) -> list[str]:
     return list_split_points(_template(name, 10))
 
 
-def _template(name: str, num_classes: int) -> nn.Module:
+def _template(name: str, num_classes: int, drop_path: float | None = None) -> nn.Module:
     """The network without values, if its constructor can do without them."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return library_network(name, num_classes)
+        return library_network(name, num_classes, drop_path)
 
 
 def _torchvision(network: str) -> Callable[..., nn.Module]:

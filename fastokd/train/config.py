@@ -83,6 +83,15 @@ class TrainConfig:
         "Make the deepest branch the student; each earlier one has --aux-blocks fewer blocks",
         role=TRAINED,
     )
+    drop_path: float | None = MODEL(
+        None,
+        "Stochastic depth: probability of skipping the last residual block for an image; it falls"
+        " linearly to 0 in the first",
+        unset="0, or the default of torchvision's network",
+        ge=0,
+        lt=1,
+        role=SPEED,
+    )
     weights: str = MODEL(
         "",
         "Start from trained weights: a file (.safetensors, .pt, .pth) or a run folder; for several"
@@ -449,7 +458,7 @@ ADDED = (
     *("weights", "pretrained", "branch_init"),
     *("decay", "trunk_lr", "head_lr", "layer_decay", "freeze_epochs", "head_epochs"),
     *("auto_augment", "auto_augment_options", "color_jitter", "random_erasing"),
-    *("label_smoothing", "normalization"),
+    *("label_smoothing", "normalization", "drop_path"),
 )
 """Fields that earlier versions did not have."""
 
@@ -498,7 +507,8 @@ def check_method(config: TrainConfig) -> None:
     method = method_of(config)
     topology = check_layout(method, config.model_names(), config.topology, config.num_branches())
     for name in config.model_names():
-        find_backbone(name, config.at, split=topology == "branches" and config.num_branches() > 1)
+        split = topology == "branches" and config.num_branches() > 1
+        find_backbone(name, config.at, split=split, drop_path=config.drop_path)
     reference_loss(config)
     companion_builder(method, config.model_options())
 
