@@ -35,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "views": {"method": "kdcl", "method_options": {"icl": True}},
     "stochastic depth": {"method": "ahbf", "drop_path": 0.3},
+    "views of branches": {"method": "ahbf", "branch_views": True},
 }
 CASES = {**METHODS, **OPTIONS}
 STREAMS = pytest.mark.parametrize("streams", [True, False], ids=["streams", "one stream"])

@@ -41,10 +41,11 @@ ROLES = {
     Role.SWITCH: {*("channels_last", "compile", "cuda_graph", "streams", "flat", "cast_once")},
     Role.TRAINED: {
         *("model", "at", "method", "preset", "branches", "topology", "aux_blocks"),
-        *("compression", "branch_init", "method_options", "teach_from", *TEACHER),
+        *("compression", "branch_init", "branch_views", "method_options", "teach_from", *TEACHER),
     },
     Role.OF_METHOD: {
-        *("branches", "topology", "preset", "method_options", "ramp_epochs", "teach_from")
+        *("branches", "topology", "preset", "method_options", "ramp_epochs", "teach_from"),
+        "branch_views",
     },
 }
 

@@ -43,9 +43,9 @@ def set_drop_path(model: BranchedModel, rate: float) -> None:
         last = len(path) - 1 if isinstance(branch, Peer) else depth - 1
         for position, block in enumerate(path):
             block.set_drop_path(rate * min(position / max(last, 1), 1.0))
-        for block in branch.modules():
-            if isinstance(block, AddedBlock):
-                block.set_drop_path(rate)
+        for module in branch.modules():
+            if isinstance(module, AddedBlock):
+                module.set_drop_path(rate)
 
 
 def library_drop_path(

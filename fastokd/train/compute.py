@@ -26,8 +26,8 @@ ALONE = "baseline"
 
 
 class NetworkCosts(NamedTuple):
-    """Parameters and FLOPs of one image forward: of the student alone, and of all trained networks,
-    without a frozen teacher. ``name`` is the student's network.
+    """Parameters and FLOPs of one image forward: of the student alone, and of all trained networks
+    on all its views, without a frozen teacher. ``name`` is the student's network.
     """
 
     name: str
@@ -44,7 +44,14 @@ def network_costs(config: TrainConfig, num_classes: int, image_size: Sequence[in
     layout = model_layout(config)
     options = layout.pop("options")
     size = (3, *image_size)
-    return _costs(config.model, num_classes, size, tuple(layout.items()), tuple(options.items()))
+    return _costs(
+        config.model,
+        num_classes,
+        size,
+        tuple(layout.items()),
+        tuple(options.items()),
+        config.views(),
+    )
 
 
 @functools.cache
@@ -54,6 +61,7 @@ def _costs(
     size: Sequence[int],
     layout: tuple[tuple[str, Any], ...],
     options: tuple[tuple[str, Any], ...],
+    views: int,
 ) -> NetworkCosts:
     with torch.device("meta"):
         model = create_model(name, num_classes=num_classes, **dict(layout), options=dict(options))
@@ -61,6 +69,9 @@ def _costs(
         Cost(count_parameters(network), forward_flops(network, size))
         for network in (model.student(), model)
     )
+    if views > 1 and model.trunk is not None:  # it runs on the view of each branch
+        more = (views - 1) * forward_flops(model.trunk, size)
+        training = replace(training, flops=training.flops + more)
     return NetworkCosts(model.name, student, training)
 
 

@@ -78,6 +78,11 @@ class TrainConfig:
     aux_blocks: int = MODEL(
         4, "Auxiliary blocks that each hierarchy level adds to its branch", ge=0, role=TRAINED
     )
+    branch_views: bool = METHOD(
+        False,
+        "Give every branch its own augmented view of each training image",
+        role=TRAINED | OF_METHOD,
+    )
     compression: bool = MODEL(
         False,
         "Make the deepest branch the student; each earlier one has --aux-blocks fewer blocks",
@@ -416,9 +421,10 @@ class TrainConfig:
         return {name: self.method_options.get(name, default) for name, default in defaults.items()}
 
     def views(self) -> int:
-        """The number of augmented views of each training image: one, or one for each peer."""
-        views = method_of(self).views
-        return self.num_branches() if views and self.model_options()[views] else 1
+        """The number of augmented views of each training image: one, or one for each branch."""
+        option = method_of(self).views
+        separate = self.branch_views or (option and self.model_options()[option])
+        return self.num_branches() if separate else 1
 
     def to_yaml(self) -> str:
         """The configuration as YAML with every field."""
@@ -458,7 +464,7 @@ ADDED = (
     *("weights", "pretrained", "branch_init"),
     *("decay", "trunk_lr", "head_lr", "layer_decay", "freeze_epochs", "head_epochs"),
     *("auto_augment", "auto_augment_options", "color_jitter", "random_erasing"),
-    *("label_smoothing", "normalization", "drop_path"),
+    *("label_smoothing", "normalization", "drop_path", "branch_views"),
 )
 """Fields that earlier versions did not have."""
 

@@ -62,6 +62,10 @@ def _rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
     for field, alpha in (("mixup", config.mixup), ("cutmix", config.cutmix)):
         reason = "it stores predictions of each image, and a mixed image is two"
         yield method.needs_index and alpha, f"{field}={alpha:g} and {name}: {reason}; use 0"
+    yield (
+        config.branch_views and config.num_branches() == 1,
+        f"branch_views=True and {name}: there is one branch, which sees one view; omit it",
+    )
     smoothing, option = config.label_smoothing, config.method_options.get("label_smoothing")
     yield (
         None not in (smoothing, option) and smoothing != option,
