@@ -50,7 +50,8 @@ class TrainConfig:
     )
     model: str = MODEL(
         "resnet32",
-        "Network, e.g. resnet20, torchvision:NAME or timm:NAME; peers may differ: resnet20,resnet8",
+        "Network, e.g. resnet20, or torchvision:NAME or timm:NAME, whose branches need --at; peers"
+        " may differ: resnet20,resnet8",
         role=TRAINED,
     )
     at: str | None = MODEL(
@@ -282,7 +283,9 @@ class TrainConfig:
         role=SPEED,
     )
     loader_options: Mapping[str, OptionValue] = DATA(
-        {}, "Options of the loaders dali and torchvision, e.g. threads=8", role=SPEED
+        {},
+        "Options of the loaders dali, e.g. threads=8, and torchvision, e.g. workers=8",
+        role=SPEED,
     )
     bad_images: str = DATA(
         "fail",
