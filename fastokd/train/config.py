@@ -151,7 +151,7 @@ class TrainConfig:
     weight_decay: float = OPTIMIZATION(5e-4, "Weight decay, see --decay", ge=0)
     decay: str = OPTIMIZATION(
         "all",
-        "Parameters with weight decay; norm-bias-free: all but biases and those of normalization",
+        "Parameters with weight decay; norm-bias-free: all but biases, normalization, layer scales",
         choices=("all", "norm-bias-free"),
     )
     trunk_lr: float = OPTIMIZATION(1.0, "Factor of the learning rate in the trunk", gt=0)
