@@ -54,7 +54,7 @@ def library_drop_path(
     """The constructor of a library's network with stochastic depth of that rate.
 
     Raises:
-        ConfigError: by the constructor: the network has none.
+        ConfigError: by the constructor, if the network has no stochastic depth.
     """
     option = "drop_path_rate" if name.startswith("timm:") else "stochastic_depth_prob"
 
