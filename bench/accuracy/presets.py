@@ -152,7 +152,9 @@ _TIMM = override(
     },
 )
 _LARGER = {"model": "timm:resnet10t"}
-_FINE = override(_TIMM, {"data": "", "epochs": 40, "lr": 1e-3})
+# The best of 3e-4, 1e-3 and 3e-3 from scratch and alone from the weights of a shorter pretraining,
+# with seed 100 and a third of the validation images. The larger network's was not searched.
+_FINE = override(_TIMM, {"data": "", "epochs": 40, "lr": 3e-3})
 # A practitioner's teacher: a larger network of the library, fine-tuned on the same few images.
 PRETRAINED, LARGER_PRETRAINED = "pretrained", "larger network, pretrained"
 LARGER = "larger network from the weights"
@@ -166,7 +168,7 @@ FINE_TUNING = Preset(
     rows={
         PRETRAINED: _TIMM,
         LARGER_PRETRAINED: override(_TIMM, {**_LARGER, "epochs": 20}),
-        LARGER: override(_FINE, {**_LARGER, "weights": LARGER_PRETRAINED}),
+        LARGER: override(_FINE, {**_LARGER, "weights": LARGER_PRETRAINED, "lr": 1e-3}),
         "from scratch": _FINE,
         "alone from the weights": override(_FINE, _START),
         # AHBF has 1.24 times the FLOPs of the student alone, and with the teacher 3.06 times.
