@@ -310,3 +310,11 @@ def test_published_timm_weights_state_their_normalization(tmp_path, digits, monk
     monkeypatch.setattr(hub, "hf_hub_download", fail)
     with pytest.raises(CheckpointError, match=r"https://huggingface\.co/timm/test_resnet\."):
         open_teacher(config, data, torch.device("cpu"))
+
+
+def test_library_teacher_of_other_classes_is_refused_by_their_number(tmp_path, digits):
+    torch.save(create_student("timm:test_resnet", 7).state_dict(), path := tmp_path / "seven.pt")
+    config = dataclasses.replace(CONFIG, teacher=f"timm:test_resnet:{path}")
+    message = r"seven\.pt has weights for 7 classes, the data has 10; use a teacher with the same"
+    with pytest.raises(CheckpointError, match=message):
+        make(config, tmp_path / "run", digits)

@@ -16,7 +16,7 @@ from bench.accuracy import __main__ as command
 from bench.accuracy import presets, tables
 from bench.accuracy.images import cifar10, image_list
 from bench.accuracy.matrix import measured, plan_matrix
-from bench.accuracy.presets import PRESETS, TINY_IMAGENET, Preset
+from bench.accuracy.presets import FINE_TUNING, PRESETS, TINY_IMAGENET, Preset
 from fastokd.errors import ConfigError
 from fastokd.experiments.analysis.figures import shows
 from fastokd.experiments.analysis.runs import Run, read_run
@@ -281,6 +281,108 @@ def test_student_alone_at_equal_compute_costs_as_much_as_ahbf():
     }
     assert epochs[presets.ALONE] == epochs[presets.AHBF] == 20
     assert epochs[presets.EQUAL_COMPUTE] == round(20 * ratio)
+
+
+def test_longer_fine_tuning_alone_costs_as_much_as_ahbf():
+    """Counted with the profiler of torch; a frozen teacher's pass is a third of a trained one."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(row, **options):
+        config = FINE_TUNING.rows[row]
+        options = {"num_classes": 50, "at": config.at, "aux_blocks": config.aux_blocks, **options}
+        model = create_model(config.model, method=config.method, **options).eval()
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, 3, 32, 32))
+        return counter.get_total_flops()
+
+    alone, ahbf = flops(FINE_TUNING.alone), flops("AHBF from the weights", num_branches=3)
+    teacher = flops(presets.LARGER) / 3
+    epochs = [config.epochs for row, config in FINE_TUNING.rows.items() if "epochs" in row]
+    usual = FINE_TUNING.rows[FINE_TUNING.alone].epochs
+    assert epochs == [round(usual * ahbf / alone), round(usual * (ahbf + teacher) / alone)]
+
+
+# --- rows that start from the students of others
+
+
+def chained_preset():
+    """Fine-tuning with a teacher, each from a run on other images; two seeds of the last row."""
+    base = dataclasses.replace(SMALL, method="baseline")
+    first = dataclasses.replace(base, data="before.csv")
+    fine = dataclasses.replace(base, weights="pretrained", epochs=1)
+
+    def images(source, folder):
+        image_list(source, folder / "before.csv", 8, "test")
+        return image_list(source, folder / "small.csv", 16, "test")
+
+    return small_preset(
+        images=images,
+        rows={
+            "ahbf": dataclasses.replace(fine, method="ahbf", branches=2, teacher="teacher"),
+            "teacher": fine,
+            "pretrained": first,
+        },
+        order=((("ahbf", "teacher"), (0, 1)), (("pretrained",), (0,))),
+        alone="teacher",
+    )
+
+
+@pytest.fixture(scope="module")
+def chained(tmp_path_factory):
+    """A folder with the runs of ``chained_preset`` that its row "ahbf" needs, of one seed."""
+    root = tmp_path_factory.mktemp("chained")
+    write_images(root / "images")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        wanted = ("--rows", "ahbf", "--seeds", "1")
+        assert call(root, monkeypatch, *wanted, preset=chained_preset()) == 0
+    return root
+
+
+def test_rows_start_from_the_runs_of_other_rows(chained):
+    runs = chained / "runs" / "matrix" / "runs"
+    assert sorted(each.name for each in runs.iterdir()) == [
+        "ahbf-seed0",
+        "pretrained-seed0",
+        "teacher-seed0",
+    ]
+    found = read_run(runs / "ahbf-seed0").config
+    assert found.weights == str(runs / "pretrained-seed0")
+    assert found.teacher == str(runs / "teacher-seed0")
+    assert Path(found.data).name == "small.csv"
+    assert Path(read_run(runs / "pretrained-seed0").config.data).name == "before.csv"
+    assert "pretrained-seed0" in (runs / "ahbf-seed0" / "log.txt").read_text()
+
+
+def test_result_file_names_needed_rows_and_other_images(chained):
+    found = read(chained)
+    assert found["data"]["num_images"] == {"train": 32, "test": 32}
+    settings = found["settings"]["ahbf"]
+    assert (settings["weights"], settings["teacher"]) == ("pretrained", "teacher")
+    records = {run["row"]: run.get("data", {}).get("num_images") for run in found["runs"]}
+    assert records == {"ahbf": None, "teacher": None, "pretrained": {"train": 16, "test": 32}}
+
+
+def test_rows_on_other_images_are_not_compared(chained, monkeypatch):
+    monkeypatch.setitem(tables.PRESETS, "small", chained_preset())
+    lines = tables.accuracy_tables(chained / "results.json")
+    assert [line.split("|")[1].strip() for line in lines if line.startswith("| ")][1:] == [
+        "ahbf",
+        "teacher",
+    ]
+    (line,) = (line for line in lines if line.startswith("pretrained: "))
+    assert "16 train and 32 test images of 2 other classes" in line
+    names = {label for label in tables.frontier(chained / "results.json")["series"]}
+    assert names == {"ahbf", "teacher"}
+
+
+def test_changed_images_of_a_needed_row_are_refused(chained, monkeypatch, tmp_path, capsys):
+    shutil.copytree(chained, root := tmp_path / "copy")
+    found = read(root)
+    (run,) = (each for each in found["runs"] if each["row"] == "pretrained")
+    run["data"]["fingerprint"] = "0" * 64
+    (root / "results.json").write_text(json.dumps(found))
+    assert call(root, monkeypatch, "--dry-run", preset=chained_preset()) == 2
+    assert "fingerprint 000000000000" in capsys.readouterr().err
 
 
 # --- tables and figure

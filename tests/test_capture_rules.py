@@ -38,6 +38,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixup": 0.2,
     },
     "views": {"method": "kdcl", "method_options": {"icl": True}},
+    "stochastic depth": {"method": "ahbf", "drop_path": 0.3},
+    "views of branches": {"method": "ahbf", "branch_views": True},
 }
 CASES = {**METHODS, **OPTIONS}
 ON_ONE_STREAM = ("ahbf", "ffsd", "tsb on the host", *OPTIONS)

@@ -13,16 +13,10 @@ from fastokd.data.files import BAD_IMAGES
 from fastokd.errors import ConfigError
 from fastokd.methods import list_methods
 from fastokd.train.compute import student_alone
-from fastokd.train.config import (
-    TEACHER,
-    TrainConfig,
-    fields_with_role,
-    identity_fields,
-    override,
-    reference_loss,
-)
+from fastokd.train.config import TEACHER, TrainConfig, fields_with_role, identity_fields, override
 from fastokd.train.config_files import load_config
 from fastokd.train.fields import GROUPS, Info, Role, infos
+from fastokd.train.loss import reference_loss
 from fastokd.train.rules import check_config
 
 RESUME = {
@@ -36,15 +30,16 @@ ROLES = {
         *("batch_size", "device_batch", "image_size", "resize_schedule", "mixup", "cutmix"),
         *("loader", "loader_options", "optimizer", "ema", "precision", "channels_last", "impl"),
         *("compile", "cuda_graph", "flat", "cast_once", "sync_bn", "deterministic"),
-        *("auto_augment", "auto_augment_options", "color_jitter", "random_erasing"),
+        *("auto_augment", "auto_augment_options", "color_jitter", "random_erasing", "drop_path"),
     },
     Role.SWITCH: {*("channels_last", "compile", "cuda_graph", "streams", "flat", "cast_once")},
     Role.TRAINED: {
         *("model", "at", "method", "preset", "branches", "topology", "aux_blocks"),
-        *("compression", "branch_init", "method_options", "teach_from", *TEACHER),
+        *("compression", "branch_init", "branch_views", "method_options", "teach_from", *TEACHER),
     },
     Role.OF_METHOD: {
-        *("branches", "topology", "preset", "method_options", "ramp_epochs", "teach_from")
+        *("branches", "topology", "preset", "method_options", "ramp_epochs", "teach_from"),
+        "branch_views",
     },
 }
 

@@ -10,10 +10,11 @@ from test_interruption import assert_equal, interrupted, outcome
 from fastokd.data import Batch
 from fastokd.errors import ConfigError
 from fastokd.methods.method import MethodBatch
-from fastokd.models import create_student
+from fastokd.models import create_model, create_student
 from fastokd.train.build import build_model
+from fastokd.train.compute import training_flops
 from fastokd.train.config import identity_fields
-from fastokd.train.param_groups import blocks, frozen_parts
+from fastokd.train.param_groups import blocks, frozen_parts, parameter_settings
 from fastokd.train.rules import check_config
 from fastokd.train.step import TrainStep
 
@@ -151,6 +152,45 @@ def test_defaults_keep_one_group_and_the_identity_of_runs():
     assert len(step.optimizers.groups) == 1
     added = {"decay", "trunk_lr", "head_lr", "layer_decay", "freeze_epochs", "head_epochs"}
     assert not added & {name for name, _ in identity_fields(CONFIG)}
+
+
+def test_layer_scales_are_not_decayed():
+    """torchvision's ConvNeXt has them as [C, 1, 1]; depthwise weights [C, 1, 7, 7] are decayed."""
+    with torch.device("meta"):
+        model = create_model("torchvision:convnext_tiny", "baseline", 10)
+    config = dataclasses.replace(CONFIG, method="baseline", branches=1, decay="norm-bias-free")
+    settings = parameter_settings(config, model)
+    decays = {name: settings[each].decays for name, each in model.named_parameters()}
+    shapes = {name: each.shape for name, each in model.named_parameters()}
+    scales = [name for name in decays if name.endswith("layer_scale")]
+    assert len(scales) == 18
+    assert not any(decays[name] for name in scales)
+    weights = [name for name in decays if len(shapes[name]) in (2, 4)]
+    assert all(decays[name] for name in weights)
+    assert len(weights) > 18
+
+
+@pytest.mark.parametrize(("field", "frozen"), [("freeze_epochs", "trunk"), ("head_epochs", "both")])
+def test_frozen_epochs_cost_a_forward_pass(field, frozen):
+    """Multiply-adds are counted by hand: hooks on the convolutions of the frozen layers."""
+    model, flops = create_model("resnet8", "ahbf", 10, 3, 1).eval(), {"trunk": 0, "body": 0}
+
+    def hook(part):
+        def count(layer, _, output):
+            flops[part] += 2 * layer.weight[0].numel() * output.numel()
+
+        return count
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Conv2d) and not name.startswith("companion"):
+            layer.register_forward_hook(hook("trunk" if name.startswith("trunk") else "body"))
+    model(torch.zeros(1, 3, 32, 32))
+    assert 0 < flops["trunk"] < flops["body"]
+    expected = flops["trunk"] + (flops["body"] if frozen == "both" else 0)
+    config = dataclasses.replace(CONFIG, epochs=4)
+    plain = training_flops(config, 10, (32, 32))
+    changed = training_flops(dataclasses.replace(config, **{field: 1}), 10, (32, 32))
+    assert plain - changed == pytest.approx(expected * 2 / 3 / 4)
 
 
 # --- frozen parts

@@ -21,7 +21,8 @@ from fastokd.models import create_model, create_student
 from fastokd.models.summary import count_parameters
 from fastokd.train import teacher as teachers
 from fastokd.train.checkpoint import load_checkpoint
-from fastokd.train.config import TrainConfig, check_method
+from fastokd.train.config import TrainConfig
+from fastokd.train.loss import check_method
 from fastokd.train.progress import Reporter
 from fastokd.train.rules import check_config
 from fastokd.train.run_folder import RunFolder

@@ -13,6 +13,9 @@ from fastokd.storage import write_text
 ARCHIVES = tuple(folder / "shared" / "data" for folder in (ROOT, ROOT.parent))
 """Folders that may have the archives of the images, next to or inside the checkout."""
 
+PRETRAINING = "pretraining.csv"
+"""The list of other classes next to that of ``fine_tuning``."""
+
 
 def tiny_imagenet_100(images: Path | None, folder: Path) -> Path:
     """Tiny-ImageNet-100 at 32 x 32: 200 training images of each class and all validation images.
@@ -28,10 +31,33 @@ def tiny_imagenet_100(images: Path | None, folder: Path) -> Path:
     made = folder / f"{name}.csv"
     if images is None and made.is_file():
         return made
+    return image_list(_tiny_imagenet_32(images, folder), made, train=200, evaluated="val")
+
+
+def fine_tuning(images: Path | None, folder: Path) -> Path:
+    """Tiny-ImageNet-100 at 32 x 32 in two lists of 50 classes each, every other class by name.
+
+    Arguments as for ``tiny_imagenet_100``.
+
+    Returns:
+        ``folder/fine-tuning.csv``, with 20 training images of each class and all validation images
+        of these classes. Next to it is ``pretraining.csv`` of the other classes, with 500 training
+        images of each.
+    """
+    made, before = folder / "fine-tuning.csv", folder / PRETRAINING
+    if images is None and made.is_file() and before.is_file():
+        return made
+    small = _tiny_imagenet_32(images, folder)
+    image_list(small, before, train=500, evaluated="val", classes=slice(0, None, 2))
+    return image_list(small, made, train=20, evaluated="val", classes=slice(1, None, 2))
+
+
+def _tiny_imagenet_32(images: Path | None, folder: Path) -> Path:
+    """The folder of all images of Tiny-ImageNet-100 at 32 x 32."""
+    name = "tiny-imagenet-100"
     archives = [f"{name}.part1.tar.xz", f"{name}.part2.tar.xz"]
     source = images or unpacked(archives, folder / name, inside=name)
-    small = convert_dataset(source, folder / f"{name}-32", 32).out
-    return image_list(small, made, train=200, evaluated="val")
+    return convert_dataset(source, folder / f"{name}-32", 32).out
 
 
 def cifar10(images: Path | None, folder: Path) -> Path:
@@ -75,7 +101,9 @@ def unpacked(archives: Iterable[str], folder: Path, inside: str = "") -> Path:
     return folder
 
 
-def image_list(root: Path, path: Path, train: int, evaluated: str) -> Path:
+def image_list(
+    root: Path, path: Path, train: int, evaluated: str, classes: slice = slice(None)
+) -> Path:
     """Write a CSV list of the first images of each class, by their names.
 
     Args:
@@ -83,16 +111,17 @@ def image_list(root: Path, path: Path, train: int, evaluated: str) -> Path:
         path: of the list.
         train: the number of training images of each class.
         evaluated: the split to evaluate on, all of it.
+        classes: of the sorted names; all by default.
 
     Raises:
         ConfigError: a class has fewer training images, or there are no classes.
     """
     lines = ["path,label,split"]
     for split, count in (("train", train), (evaluated, None)):
-        classes = sorted(each for each in (root / split).glob("*") if each.is_dir())
-        if not classes:
+        folders = sorted(each for each in (root / split).glob("*") if each.is_dir())
+        if not folders:
             raise ConfigError(f"{root} has no folder {split}/CLASS; pass the images with --data")
-        for each in classes:
+        for each in folders[classes]:
             files = sorted(each.iterdir())
             if count is not None and len(files) < count:
                 raise ConfigError(f"{each} has {len(files)} images; {count} are needed")

@@ -2,20 +2,21 @@
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import yaml
 
 from bench.accuracy.presets import Preset
 from bench.gpu.results import check_writable
-from fastokd.errors import ConfigError
+from fastokd.errors import EXIT_OK, ConfigError
 from fastokd.experiments.analysis.runs import SAME_RUN, Run
 from fastokd.experiments.analysis.tables import Table, spread
 from fastokd.experiments.sweep.plan import Plan, Record, Results, plan_runs
-from fastokd.experiments.sweep.queue import Job
+from fastokd.experiments.sweep.queue import Job, Outcome
 from fastokd.storage import write_json
 from fastokd.train.compute import total_training_flops, training_flops
 from fastokd.train.config import TrainConfig, differences
@@ -110,24 +111,56 @@ class Matrix(Plan):
         for row, settings in content["settings"].items():
             if row in self.jobs:
                 before = config_from_mapping(settings, f"{self.file}, row '{row}'")
-                if changed := differences(before, _settings(self.jobs[row][0].config)):
+                if changed := differences(before, _settings(self.preset.rows[row])):
                     raise ConfigError(
                         f"{self.file} has results of the row '{row}' with other settings (in the"
                         f" file, now: {'; '.join(changed)}); add a row for these settings instead"
                     )
-        fingerprint = content["data"].get("fingerprint")
-        if fingerprint and fingerprint != self.images.fingerprint:
-            raise ConfigError(
-                f"{self.file} has results on other images ({content['data']['name']}, fingerprint"
-                f" {fingerprint[:12]}) than --data has now ({self.images.fingerprint[:12]}); pass"
-                " the same images, or another --out"
-            )
+        compared = [row for row in self.jobs if not self.preset.rows[row].data]
+        images = [(row, content["data"]) for row in compared[:1] if content["data"]]
+        images += [(run["row"], run["data"]) for run in content["runs"] if "data" in run]
+        for row, data in images:
+            if row in self.jobs:
+                self._check_images(row, data)
         super().check()
 
-    @property
-    def images(self) -> Any:
-        """The dataset of all runs."""
-        return self.dataset(next(iter(self.jobs.values()))[0].config)
+    def _check_images(self, row: str, data: Mapping[str, Any]) -> None:
+        """Check that the images of a row are still those in the result file's record ``data``."""
+        before, now = data["fingerprint"], self.dataset(self.jobs[row][0].config).fingerprint
+        if before != now:
+            raise ConfigError(
+                f"{self.file} has results on other images ({data['name']}, fingerprint"
+                f" {before[:12]}) than --data has now ({now[:12]}); pass the same images, or"
+                " another --out"
+            )
+
+    def run(
+        self, devices: Sequence[torch.device], per_device: int, say: Callable[[str], None]
+    ) -> Outcome:
+        """As ``Plan.run``; rows that others start from or learn from are trained before these."""
+        outcome = Outcome({}, EXIT_OK)
+        for wanted in self._stages():
+            stage = replace(self, wanted=wanted)
+            outcome = super(Matrix, stage).run(devices, per_device, say)
+            if outcome.exit_code != EXIT_OK:
+                break
+        return outcome
+
+    def _stages(self) -> list[tuple[tuple[str, int], ...]]:
+        """The runs of ``wanted``, each with its needed runs in an earlier part."""
+
+        def depth(row: str) -> int:
+            return max((1 + depth(other) for other, _ in self.preset.needed(row)), default=0)
+
+        depths = {row: depth(row) for row, _ in self.wanted}
+        return [
+            tuple(run for run in self.wanted if depths[run[0]] == stage)
+            for stage in sorted(set(depths.values()))
+        ]
+
+    def _fingerprints(self, configs: Iterable[TrainConfig]) -> dict[str, str]:
+        """The fingerprints of the lists, by their names."""
+        return {Path(each.data).name: self.dataset(each).fingerprint for each in configs}
 
     def results(self, failed: Mapping[str, str]) -> "MatrixResults":
         return MatrixResults(self.measured(failed), (), self.out, self)
@@ -142,17 +175,30 @@ def _settings(config: TrainConfig) -> TrainConfig:
 def wanted_runs(
     preset: Preset, rows: Sequence[str] = (), seeds: int | None = None
 ) -> tuple[tuple[str, int], ...]:
-    """The rows and seeds of a preset that are chosen, in its order; see ``plan_matrix``."""
+    """The rows and seeds of a preset that are chosen, in its order, each after the runs that it
+    needs; see ``plan_matrix``.
+    """
     for row in rows:
         if row not in preset.rows:
             raise ConfigError(f"unknown row '{row}' of {preset.name}: {', '.join(preset.rows)}")
     if seeds is not None and seeds < 1:
         raise ConfigError(f"--seeds {seeds}: must be at least 1")
-    return tuple(
+    chosen = [
         (row, seed)
         for row, seed in preset.runs
         if (not rows or row in rows) and (seeds is None or seed < seeds)
-    )
+    ]
+    wanted: dict[tuple[str, int], None] = {}
+    for run in chosen:
+        _add_needed(preset, run, wanted)
+    return tuple(wanted)
+
+
+def _add_needed(preset: Preset, run: tuple[str, int], wanted: dict[tuple[str, int], None]) -> None:
+    """Add a run to ``wanted``, after the runs that it needs."""
+    for needed in preset.needed(run[0]):
+        _add_needed(preset, needed, wanted)
+    wanted[run] = None
 
 
 def plan_matrix(
@@ -178,13 +224,11 @@ def plan_matrix(
         StorageError: a folder cannot be written.
     """
     wanted = wanted_runs(preset, rows, seeds)
-    where = str(data.absolute())
-    configs = {row: replace(config, data=where) for row, config in preset.rows.items()}
-    jobs = {}
-    for row, config in configs.items():
+    configs, jobs = {}, {}
+    for row, config in preset.rows.items():
         seeds_of_row = [seed for name, seed in preset.runs if name == row]
-        folder = row.replace(", ", "-").replace(" ", "-")
-        jobs[row] = plan_runs(out, folder, config, seeds_of_row)
+        configs[row] = _with_paths(preset, config, data, out)
+        jobs[row] = plan_runs(out, _folder(row), configs[row], seeds_of_row)
     for folder in (out, file.parent):
         check_writable(folder)
     return Matrix(
@@ -197,6 +241,23 @@ def plan_matrix(
         file=file,
         wanted=wanted,
     )
+
+
+def _folder(row: str) -> str:
+    """The name of a row in those of its run folders."""
+    return row.replace(", ", "-").replace(" ", "-")
+
+
+def _with_paths(preset: Preset, config: TrainConfig, data: Path, out: Path) -> TrainConfig:
+    """The configuration with the paths of its images and of the runs that it needs."""
+    images = (data.with_name(config.data) if config.data else data).absolute()
+    changes = {"data": str(images)}
+    for name in ("weights", "teacher"):
+        if row := getattr(config, name):
+            seed = next(seed for other, seed in preset.runs if other == row)
+            (job,) = plan_runs(out.absolute(), _folder(row), preset.rows[row], [seed])
+            changes[name] = str(job.path)
+    return replace(config, **changes)
 
 
 @dataclass(frozen=True)
@@ -214,9 +275,11 @@ class MatrixResults(Results):
                 key = (row, run.config.seed)
                 if key not in runs:
                     runs[key] = {"row": row, "seed": run.config.seed, **measured(run)}
-                    content["settings"][row] = _as_mapping(_settings(run.config))
+                    settings = self.matrix.preset.rows[row]
+                    content["settings"][row] = _as_mapping(_settings(settings))
                     names = ("name", "num_images", "num_classes", "image_size", "fingerprint")
-                    content["data"] = {name: run.data[name] for name in names}
+                    data = {name: run.data[name] for name in names}
+                    (runs[key] if settings.data else content)["data"] = data
         order = {pair: place for place, pair in enumerate(self.matrix.preset.runs)}
         content["runs"] = sorted(
             runs.values(), key=lambda entry: order.get((entry["row"], entry["seed"]), len(order))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.accuracy.presets import ALONE, PRESETS
+from bench.accuracy.presets import PRESETS
 from bench.gpu.results import ROOT
 from fastokd.experiments.analysis.compare import difference_cells, paired_test
 from fastokd.experiments.analysis.figures import require_matplotlib, save_svg
@@ -30,6 +30,7 @@ class Row(NamedTuple):
         epochs: of each run.
         flops: of training, of each run.
         hours: of training, the mean over the runs.
+        data: of rows that were trained on another list than the others, its record.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Row(NamedTuple):
     epochs: int
     flops: int
     hours: float
+    data: Mapping[str, Any] | None = None
 
 
 def read_rows(found: Mapping[str, Any]) -> dict[str, Row]:
@@ -56,6 +58,7 @@ def read_rows(found: Mapping[str, Any]) -> dict[str, Row]:
             runs[0]["epochs"],
             runs[0]["flops"],
             statistics.mean(run["seconds"] for run in runs) / 3600,
+            runs[0].get("data"),
         )
     return rows
 
@@ -67,9 +70,9 @@ def _error(accuracy: float) -> float:
 def accuracy_tables(path: Path) -> list[str]:
     """The lines of the page about a result file: its table, and its figure."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    rows = read_rows(found)
-    preset = PRESETS[found["preset"]]
-    alone = rows.get(ALONE)
+    every, preset = read_rows(found), PRESETS[found["preset"]]
+    rows = {name: row for name, row in every.items() if row.data is None}
+    alone = rows.get(preset.alone)
     lines = [
         (
             row.name,
@@ -92,7 +95,7 @@ def accuracy_tables(path: Path) -> list[str]:
         "student's error, %",
         "best epoch, %",
         "ensemble's error, %",
-        f"training FLOPs / {ALONE}",
+        f"training FLOPs / {preset.alone}",
         "difference from alone, equal epochs",
         "difference from alone, equal compute",
         "hours",
@@ -113,7 +116,13 @@ def accuracy_tables(path: Path) -> list[str]:
             " shared machine."
         ),
         "",
-        *([_missing(rows, preset.rows), ""] if _missing(rows, preset.rows) else []),
+        *(
+            line
+            for row in every.values()
+            if row.data
+            for line in (_other_images(row, row.data), "")
+        ),
+        *([_missing(every, preset.rows), ""] if _missing(every, preset.rows) else []),
         f"![{preset.title}: error over training compute](figures/{path.stem}.svg)",
         "",
     ]
@@ -122,7 +131,7 @@ def accuracy_tables(path: Path) -> list[str]:
 def _setting(path: Path, found: Mapping[str, Any]) -> str:
     """The data, the shared settings, and the versions of a result file."""
     counts = [f"{count:,} {name}" for name, count in found["data"]["num_images"].items()]
-    shared = found["settings"].get(ALONE, {})
+    shared = found["settings"].get(PRESETS[found["preset"]].alone, {})
     settings = ", ".join(
         f"{name} {shared[name]}"
         for name in ("batch_size", "schedule", "lr", "weight_decay", "precision")
@@ -144,22 +153,41 @@ def _equal_epochs(row: Row, rows: Mapping[str, Row]) -> Row | None:
     """The student alone with as many epochs; None for such rows themselves."""
     if _is_alone(row):
         return None
-    return next((each for each in rows.values() if _is_alone(each, row.epochs)), None)
+    return next((each for each in _alone_like(row, rows) if each.epochs == row.epochs), None)
 
 
 def _equal_compute(row: Row, rows: Mapping[str, Row]) -> Row | None:
     """The student alone with the closest training compute, within ``EQUAL``; None for such rows
     themselves.
     """
-    others = [each for each in rows.values() if _is_alone(each) and not _is_alone(row)]
+    others = [] if _is_alone(row) else _alone_like(row, rows)
     distances = {each.name: abs(each.flops / row.flops - 1) for each in others}
     closest = min(others, key=lambda each: distances[each.name], default=None)
     return closest if closest and distances[closest.name] <= EQUAL else None
 
 
-def _is_alone(row: Row, epochs: int | None = None) -> bool:
-    """True for the student alone, with that number of epochs if it is given."""
-    return row.settings["method"] == "baseline" and epochs in (None, row.epochs)
+def _is_alone(row: Row) -> bool:
+    """True for the student alone, without a teacher."""
+    return row.settings["method"] == "baseline" and not row.settings.get("teacher")
+
+
+def _alone_like(row: Row, rows: Mapping[str, Row]) -> list[Row]:
+    """The rows of the student alone, of the same network from the same weights."""
+    return [
+        each
+        for each in rows.values()
+        if _is_alone(each)
+        and all(each.settings.get(name) == row.settings.get(name) for name in ("model", "weights"))
+    ]
+
+
+def _other_images(row: Row, data: Mapping[str, Any]) -> str:
+    """A line about a row that was trained on other images."""
+    counts = [f"{count:,} {name}" for name, count in data["num_images"].items()]
+    return (
+        f"{row.name}: {row.settings['model']}, {row.epochs} epochs on {' and '.join(counts)} images"
+        f" of {data['num_classes']} other classes; error {spread([*row.errors.values()])} %."
+    )
 
 
 def _difference(row: Row, reference: Row | None) -> str:
@@ -183,6 +211,8 @@ def frontier(path: Path) -> dict[str, Any]:
     series: dict[str, list[dict[str, Any]]] = {}
     labels: dict[str, str] = {}
     for row in read_rows(found).values():
+        if row.data is not None:
+            continue
         settings = {name: value for name, value in row.settings.items() if name != "epochs"}
         label = labels.setdefault(json.dumps(settings, sort_keys=True), row.name)
         errors = [*row.errors.values()]

@@ -9,7 +9,8 @@ from rich.table import Column, Table
 
 from fastokd.cli.options import print_table
 from fastokd.doctor import examine
-from fastokd.train.config import OptionValue, TrainConfig, build_loss, check_method
+from fastokd.train.config import OptionValue, TrainConfig
+from fastokd.train.loss import build_loss, check_method
 
 
 def show(

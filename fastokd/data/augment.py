@@ -77,6 +77,12 @@ class Augment:
         """True if a policy is applied to each image."""
         return self.policy != NO_POLICY
 
+    @property
+    def is_random(self) -> bool:
+        """True if two views of an image can differ."""
+        crops = self.pad > 0 or self.crop_scale is not None
+        return crops or self.flip or self.has_policy or self.color_jitter > 0 or self.erasing > 0
+
     def evaluation_side(self, side: int) -> int:
         """The side that evaluated images are scaled to before a center crop of ``side`` pixels.
 

@@ -11,7 +11,8 @@ from fastokd.experiments.step_timer import TimedStep
 from fastokd.methods import get_method
 from fastokd.methods.method import MethodBatch
 from fastokd.methods.modules import BranchOutput
-from fastokd.train.config import TrainConfig, build_loss
+from fastokd.train.config import TrainConfig
+from fastokd.train.loss import build_loss
 
 
 class ResearchStep(TimedStep):

@@ -90,7 +90,7 @@ class Method:
         needs_teacher: there is always a frozen teacher, named by the option ``teacher``. The loss
             takes its rows as ``teacher``; the loss's option ``teacher_rows`` states what they are.
         views: the name of the model option that gives every peer its own augmented view of an
-            image; empty for none.
+            image, as ``branch_views`` of a run does for any method; empty for none.
         schedule: ``kd_weight`` over a run.
     """
 

@@ -16,6 +16,7 @@ from fastokd.models import tracing
 from fastokd.models.assembly import assemble, check_layout, check_num_classes
 from fastokd.models.branched import Backbone, Branch, BranchedModel
 from fastokd.models.layers import conv
+from fastokd.models.residual import ResidualBlock
 from fastokd.models.tracing import Shapes, get, list_split_points, put, target
 
 Init = Literal["auto", "copy", "fresh"]
@@ -336,7 +337,7 @@ class GrowingBlock(nn.Module):
         return x + self.scale * (self.block(x, *others, **options) - x)
 
 
-class AddedBlock(nn.Module):
+class AddedBlock(ResidualBlock):
     """A residual block on feature maps [B, channels, H, W] of any sign (He et al., ECCV 2016).
 
     Three convolutions through a quarter of the channels, in pre-activation order. It starts as the
@@ -355,7 +356,7 @@ class AddedBlock(nn.Module):
         nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.residual(x)
+        return self.add(self.residual(x), x)
 
 
 def fresh_block(block: nn.Module) -> nn.Module:

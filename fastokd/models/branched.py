@@ -183,19 +183,24 @@ class BranchedModel(nn.Module):
 
     def forward(self, x: Tensor) -> BranchOutput:
         """Every branch's logits, features and what the method's modules add, for images [B, 3, H,
-        W] in any memory format; peers also take one view each, [M, B, 3, H, W].
+        W] in any memory format, or for one view of each image per branch, [M, B, 3, H, W].
+
+        The trunk runs on all views as one batch. The method's modules and a frozen teacher get the
+        images of the kept branch.
         """
         modules, branches = self.companion, tuple(self.branches)
+        has_views = x.dim() == 5
+        images = x[self.kept] if has_views else x
         if self.trunk is None:
-            shared, inputs = (x[0], x.unbind(0)) if x.dim() == 5 else (x, (x,) * self.num_branches)
-            images = shared
+            inputs = x.unbind(0) if has_views else (x,) * self.num_branches
         else:
-            images, shared = x, self.trunk(x)
+            maps = self.trunk(as_one_batch(x) if has_views else x)
             if self.detach_trunk:
-                shared = shared.detach()
+                maps = maps.detach()
             if modules is not None:
-                shared = modules.at_split(shared)
-            inputs = (shared,) * self.num_branches
+                maps = modules.at_split(maps)
+            inputs = maps.chunk(len(x)) if has_views else (maps,) * self.num_branches
+        shared = inputs[self.kept]
         if modules is not None and self.overrides_forward:
             logits, features, _, context = modules.run(inputs, branches)
         else:
@@ -257,6 +262,14 @@ class BranchedModel(nn.Module):
         # Not .train(), which would also unfreeze layers that are held in eval mode
         student.training = self.training
         return student
+
+
+def as_one_batch(views: Tensor) -> Tensor:
+    """Views [M, B, 3, H, W] as images [M * B, 3, H, W] in their memory format, copied if the views
+    are not one after the other in memory.
+    """
+    follow = views.stride(0) == views.shape[1] * views.stride(1)
+    return views.flatten(0, 1) if follow else torch.cat(views.unbind(0))
 
 
 def trunk_channels(trunk: nn.Module | None) -> int:

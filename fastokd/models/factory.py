@@ -13,6 +13,7 @@ from fastokd.methods.method import Topology
 from fastokd.methods.modules import BranchSpec
 from fastokd.models.assembly import assemble, check_layout, check_num_classes
 from fastokd.models.branched import Backbone, BranchedModel, Peer, trunk_channels
+from fastokd.models.drop_path import check_has_drop_path, set_drop_path
 from fastokd.models.libraries import (
     is_library_name,
     library_backbone,
@@ -69,6 +70,7 @@ def create_model(
     options: Mapping[str, OptionValue] | None = None,
     teacher: nn.Module | None = None,
     compression: bool = False,
+    drop_path: float | None = None,
 ) -> BranchedModel:
     """Create a branched network for a method.
 
@@ -89,6 +91,8 @@ def create_model(
         compression: the last and deepest branch is the plain network and the student; each earlier
             branch has ``aux_blocks`` fewer blocks than the next. ``student(branch)`` returns any of
             them (AHBF Table 5).
+        drop_path: rate of stochastic depth in the last residual block, from 0 to below 1; it falls
+            linearly to 0 in the first. None for the network's own: 0, except some of torchvision's.
 
     Raises:
         ConfigError: an unknown name, a number out of range, or networks that the method cannot
@@ -101,7 +105,7 @@ def create_model(
         num_branches = chosen.default_branches if len(names) == 1 else len(names)
     topology = check_layout(chosen, names, topology, num_branches)
     backbones = [
-        find_backbone(part, at, num_classes, split=topology == "branches" and num_branches > 1)
+        find_backbone(part, at, num_classes, topology == "branches" and num_branches > 1, drop_path)
         for part in names
     ]
     if chosen.build_companion is not None and (whole := [b.name for b in backbones if b.whole]):
@@ -120,19 +124,28 @@ def create_model(
             raise ConfigError(f"compression: model '{backbones[0].name}' {reason}")
         backbones = [compressed(num_branches)]
     sizes = (num_classes, num_branches, aux_blocks)
-    return assemble(backbones, chosen, *sizes, topology, options, teacher, kept)
+    model = assemble(backbones, chosen, *sizes, topology, options, teacher, kept)
+    if drop_path:
+        set_drop_path(model, drop_path)
+    return model
 
 
 def find_backbone(
-    name: str, at: str | None = None, num_classes: int = 10, split: bool = False
+    name: str,
+    at: str | None = None,
+    num_classes: int = 10,
+    split: bool = False,
+    drop_path: float | None = None,
 ) -> Backbone:
     """The backbone of one name, without building it; arguments and errors as ``create_model``.
 
     ``split`` is whether several branches will share its trunk.
     """
     if is_library_name(name):
-        return library_backbone(name, num_classes, at, split)
+        return library_backbone(name, num_classes, at, split, drop_path)
     backbone = get_backbone(name)
+    if drop_path:
+        check_has_drop_path(backbone)
     if at is not None:
         reason = f"{name} is branched as in its paper; at is for torchvision:NAME and timm:NAME"
         raise ConfigError(f"at='{at}': {reason}")

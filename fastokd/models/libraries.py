@@ -14,6 +14,7 @@ from torch import nn
 from fastokd.errors import ConfigError, MissingExtra, did_you_mean, first_line
 from fastokd.models.branch_out import Split, fresh_block
 from fastokd.models.branched import Backbone, Branch
+from fastokd.models.drop_path import library_drop_path
 from fastokd.models.summary import forward_flops
 from fastokd.models.tracing import default_input_size, list_split_points
 from fastokd.plugins import plugin_network
@@ -31,12 +32,15 @@ def is_library_name(name: str) -> bool:
     return ":" in name
 
 
-def library_network(name: str, num_classes: int) -> nn.Module:
+def library_network(name: str, num_classes: int, drop_path: float | None = None) -> nn.Module:
     """Build "torchvision:NAME" or "timm:NAME" with fresh weights, without auxiliary classifiers, or
     "MODULE:NAME", a function or class of the user's module that takes ``num_classes``.
 
+    ``drop_path`` is the rate of stochastic depth; None for the library's.
+
     Raises:
-        ConfigError: the name is unknown, or the network cannot be built.
+        ConfigError: the name is unknown, or the network cannot be built, or it has no stochastic
+            depth.
         MissingExtra: timm is not installed.
     """
     library, _, network = name.partition(":")
@@ -46,6 +50,8 @@ def library_network(name: str, num_classes: int) -> nn.Module:
         build = _timm(network)
     else:
         build = _own(name)
+    if drop_path is not None:
+        build = library_drop_path(name, build, drop_path)
     try:
         try:
             return build(num_classes=num_classes)
@@ -54,6 +60,8 @@ def library_network(name: str, num_classes: int) -> nn.Module:
                 raise
             with torch.device("cpu"):  # the constructor computes with tensor values
                 return build(num_classes=num_classes)
+    except ConfigError:
+        raise
     except Exception as error:  # constructors of libraries raise any exception
         reason = f"cannot be built for {num_classes} classes ({first_line(error)})"
         raise ConfigError(f"{name} {reason}") from error
@@ -65,7 +73,9 @@ def without_auxiliary(name: str, weights: Mapping[str, T]) -> dict[str, T]:
     return {key: value for key, value in weights.items() if not key.startswith(prefixes)}
 
 
-def library_backbone(name: str, num_classes: int, at: str | None, split: bool = True) -> Backbone:
+def library_backbone(
+    name: str, num_classes: int, at: str | None, split: bool = True, drop_path: float | None = None
+) -> Backbone:
     """A library's network split at ``at``; each branch gets the library's initialization.
 
     ``at`` may be None: without ``split`` (several branches share the trunk) every split point gives
@@ -74,33 +84,35 @@ def library_backbone(name: str, num_classes: int, at: str | None, split: bool = 
     Raises:
         ConfigError, MissingExtra: as ``library_network`` and ``branch_out``.
     """
-    template, requested = _template(name, num_classes), at is not None
+    template, requested = _template(name, num_classes, drop_path), at is not None
     if at is None:
         try:
             points = list_split_points(template)
         except ConfigError:
             if split:
                 raise
-            return whole_backbone(name, default_input_size(template)[1])
+            return whole_backbone(name, default_input_size(template)[1], drop_path)
         if not (split or points):
-            return whole_backbone(name, default_input_size(template)[1])
+            return whole_backbone(name, default_input_size(template)[1], drop_path)
         at = recommended_split_point(name) if split else next(reversed(points))
         if at is None:
             raise ConfigError(f"{name} has no split point: no single tensor crosses between stages")
-    networks = ((library_network(name, num_classes), fresh_block) for _ in itertools.count())
+    networks = (
+        (library_network(name, num_classes, drop_path), fresh_block) for _ in itertools.count()
+    )
     try:
         return Split(template, at).backbone(name, networks)
     except ConfigError:
         if split or requested:
             raise
-        return whole_backbone(name, default_input_size(template)[1])
+        return whole_backbone(name, default_input_size(template)[1], drop_path)
 
 
-def whole_backbone(name: str, image_size: int) -> Backbone:
+def whole_backbone(name: str, image_size: int, drop_path: float | None = None) -> Backbone:
     """A library's network that ``torch.fx`` cannot follow, as one branch without a trunk."""
 
     def build_branch(num_classes: int, level: int, aux_blocks: int) -> Branch:
-        return Branch(nn.Identity(), library_network(name, num_classes), 3)
+        return Branch(nn.Identity(), library_network(name, num_classes, drop_path), 3)
 
     def join(trunk: nn.Module, branch: Branch) -> nn.Module:
         return branch.head
@@ -152,10 +164,10 @@ def suggest_library(name: str) -> str | None:
     return None
 
 
-def _template(name: str, num_classes: int) -> nn.Module:
+def _template(name: str, num_classes: int, drop_path: float | None = None) -> nn.Module:
     """The network without values, if its constructor can do without them."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return library_network(name, num_classes)
+        return library_network(name, num_classes, drop_path)
 
 
 def _own(name: str) -> Callable[..., nn.Module]:

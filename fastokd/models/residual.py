@@ -14,7 +14,25 @@ def projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequentia
     return conv_norm(in_channels, out_channels, 1, stride, activation=None)
 
 
-class BasicBlock(nn.Module):
+class ResidualBlock(nn.Module):
+    """A block around a shortcut. ``drop_path`` is its stochastic depth, None without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop_path: nn.Module | None = None
+
+    def set_drop_path(self, rate: float) -> None:
+        """Skip the block's layers for a random fraction ``rate`` of the images in training."""
+        from torchvision.ops import StochasticDepth
+
+        self.drop_path = StochasticDepth(rate, "row") if rate else None
+
+    def add(self, out: Tensor, shortcut: Tensor) -> Tensor:
+        """The sum of the layers' output and the shortcut, both [B, C, H, W]."""
+        return (out if self.drop_path is None else self.drop_path(out)) + shortcut
+
+
+class BasicBlock(ResidualBlock):
     """Two 3x3 convolutions around a shortcut, to [B, width, H / stride, W / stride]."""
 
     expansion = 1
@@ -30,10 +48,10 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return F.relu(self.add(out, x if self.downsample is None else self.downsample(x)))
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(ResidualBlock):
     """1x1, 3x3 and 1x1 convolutions around a shortcut, to [B, 4 width, H / stride, W / stride].
 
     The stride is on the 3x3 convolution, which has ``widen * width`` channels in ``groups`` groups:
@@ -59,10 +77,10 @@ class Bottleneck(nn.Module):
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return F.relu(self.add(out, x if self.downsample is None else self.downsample(x)))
 
 
-class PreActivationBlock(nn.Module):
+class PreActivationBlock(ResidualBlock):
     """Two 3x3 convolutions, batch norm and ReLU before each, to [B, width, H / stride, W / stride].
 
     Where the width changes, the shortcut is a 1x1 convolution of the first ReLU's output (Zagoruyko
@@ -84,7 +102,7 @@ class PreActivationBlock(nn.Module):
         out = F.relu(self.bn1(x))
         shortcut = x if self.shortcut is None else self.shortcut(out)
         out = self.conv1(out)
-        return self.conv2(F.relu(self.bn2(out))) + shortcut
+        return self.add(self.conv2(F.relu(self.bn2(out))), shortcut)
 
 
 Block = type[BasicBlock] | type[Bottleneck] | type[PreActivationBlock]

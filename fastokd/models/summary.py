@@ -1,6 +1,7 @@
 """Costs of a network: parameters and arithmetic."""
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,21 @@ def forward_flops(module: nn.Module, input_size: Sequence[int]) -> int:
         input_size: its shape without the batch, such as (3, 32, 32).
     """
     return _count(module, input_size).get_total_flops()
+
+
+def part_flops(model: BranchedModel, input_size: Sequence[int]) -> dict[str, int]:
+    """The FLOPs (see ``forward_flops``) of the "trunk" and of the "body" of all branches or peers;
+    0 for parts that the method runs layer by layer.
+    """
+    counts = _count(model, input_size).get_flop_counts()
+    return {
+        part: sum(
+            sum(kinds.values())
+            for name, kinds in counts.items()
+            if re.fullmatch(rf"\w+(\.branches\.\d+(\.branch)?)?\.{part}", name)
+        )
+        for part in ("trunk", "body")
+    }
 
 
 def _count(module: nn.Module, input_size: Sequence[int]) -> FlopCounterMode:

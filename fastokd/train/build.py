@@ -24,6 +24,7 @@ def model_layout(config: TrainConfig) -> dict[str, Any]:
         "topology": config.topology,
         "options": config.model_options(),
         "compression": config.compression,
+        "drop_path": config.drop_path,
     }
 
 

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import torch
 
 from fastokd.models import create_model
-from fastokd.models.summary import Cost, count_parameters, forward_flops
+from fastokd.models.summary import Cost, count_parameters, forward_flops, part_flops
 from fastokd.train.build import before_teaching, model_layout
-from fastokd.train.config import TrainConfig, fields_with_role, reference_loss
+from fastokd.train.config import TrainConfig, fields_with_role
 from fastokd.train.fields import Role
+from fastokd.train.loss import reference_loss
+from fastokd.train.param_groups import frozen_parts
 from fastokd.train.teacher import teacher_network
 
 ALONE = "baseline"
@@ -26,13 +28,15 @@ ALONE = "baseline"
 
 
 class NetworkCosts(NamedTuple):
-    """Parameters and FLOPs of one image forward: of the student alone, and of all trained networks,
-    without a frozen teacher. ``name`` is the student's network.
+    """Parameters and FLOPs of one image forward: of the student alone, and of all trained networks
+    on all its views, without a frozen teacher. ``name`` is the student's network, ``parts`` has the
+    FLOPs of the trained networks' "trunk" and "body".
     """
 
     name: str
     student: Cost
     training: Cost
+    parts: Mapping[str, int]
 
 
 def network_costs(config: TrainConfig, num_classes: int, image_size: Sequence[int]) -> NetworkCosts:
@@ -44,7 +48,14 @@ def network_costs(config: TrainConfig, num_classes: int, image_size: Sequence[in
     layout = model_layout(config)
     options = layout.pop("options")
     size = (3, *image_size)
-    return _costs(config.model, num_classes, size, tuple(layout.items()), tuple(options.items()))
+    return _costs(
+        config.model,
+        num_classes,
+        size,
+        tuple(layout.items()),
+        tuple(options.items()),
+        config.views(),
+    )
 
 
 @functools.cache
@@ -54,6 +65,7 @@ def _costs(
     size: Sequence[int],
     layout: tuple[tuple[str, Any], ...],
     options: tuple[tuple[str, Any], ...],
+    views: int,
 ) -> NetworkCosts:
     with torch.device("meta"):
         model = create_model(name, num_classes=num_classes, **dict(layout), options=dict(options))
@@ -61,7 +73,11 @@ def _costs(
         Cost(count_parameters(network), forward_flops(network, size))
         for network in (model.student(), model)
     )
-    return NetworkCosts(model.name, student, training)
+    parts = part_flops(model, size)
+    if views > 1 and model.trunk is not None:  # it runs on the view of each branch
+        training = replace(training, flops=training.flops + (views - 1) * parts["trunk"])
+        parts["trunk"] *= views
+    return NetworkCosts(model.name, student, training, parts)
 
 
 def training_flops(config: TrainConfig, num_classes: int, image_size: Sequence[int]) -> float:
@@ -69,7 +85,7 @@ def training_flops(config: TrainConfig, num_classes: int, image_size: Sequence[i
     frozen teacher's network: the mean over the epochs, also over those before ``teach_from``.
 
     The loss, the optimizer and evaluation are not counted, nor the network that computed stored
-    rows. Images held out for the loss have a forward pass only.
+    rows. Images held out for the loss have a forward pass only, and so have frozen parts.
 
     Args:
         image_size: the data's height and width; scheduled sizes (``resize_schedule``) replace it.
@@ -80,16 +96,19 @@ def training_flops(config: TrainConfig, num_classes: int, image_size: Sequence[i
     teacher = teacher_network(config, num_classes)
     held_out = reference_loss(config).held_out_fraction
     kinds = Counter(
-        (config.size_at(epoch), epoch >= config.teach_epoch()) for epoch in range(config.epochs)
+        (config.size_at(epoch), epoch >= config.teach_epoch(), frozen_parts(config, epoch))
+        for epoch in range(config.epochs)
     )
     total = 0.0
-    for (side, is_taught), epochs in kinds.items():
+    for (side, is_taught, frozen_now), epochs in kinds.items():
         size = (side, side) if side else tuple(image_size)
         trained_config = config if is_taught else before_teaching(config)
-        trained = network_costs(trained_config, num_classes, size).training.flops
+        costs = network_costs(trained_config, num_classes, size)
+        without_backward = sum(costs.parts[part] for part in frozen_now) * (1 - held_out)
         frozen = forward_flops(teacher, (3, *size)) if teacher and is_taught else 0
         share = 1 - held_out * 2 / 3 if is_taught else 1 - held_out
-        total += epochs * (share * trained + frozen / 3)
+        trained = share * costs.training.flops - without_backward * 2 / 3
+        total += epochs * (trained + frozen / 3)
     return total / config.epochs
 
 

@@ -3,19 +3,16 @@ files and checkpoints. Importing it does not import torch, so that ``--help`` is
 """
 
 import dataclasses
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from fastokd.errors import ConfigError, did_you_mean
 from fastokd.train.fields import EXECUTION, GROUPS, Group, Role, infos
 from fastokd.train.schedules import Schedule, scaled_rate
 
 if TYPE_CHECKING:
-    from fastokd.losses.method_loss import MethodLoss
     from fastokd.methods.method import Method
 
 OptionValue = bool | int | float | str
@@ -85,10 +82,24 @@ class TrainConfig:
     aux_blocks: int = MODEL(
         4, "Auxiliary blocks that each hierarchy level adds to its branch", ge=0, role=TRAINED
     )
+    branch_views: bool = METHOD(
+        False,
+        "Give every branch its own augmented view of each training image",
+        role=TRAINED | OF_METHOD,
+    )
     compression: bool = MODEL(
         False,
         "Make the deepest branch the student; each earlier one has --aux-blocks fewer blocks",
         role=TRAINED,
+    )
+    drop_path: float | None = MODEL(
+        None,
+        "Stochastic depth: probability of skipping the last residual block for an image; it falls"
+        " linearly to 0 in the first",
+        unset="0, or the default of torchvision's network",
+        ge=0,
+        lt=1,
+        role=SPEED,
     )
     weights: str = MODEL(
         "",
@@ -149,7 +160,7 @@ class TrainConfig:
     weight_decay: float = OPTIMIZATION(5e-4, "Weight decay, see --decay", ge=0)
     decay: str = OPTIMIZATION(
         "all",
-        "Parameters with weight decay; norm-bias-free: all but biases and those of normalization",
+        "Parameters with weight decay; norm-bias-free: all but biases, normalization, layer scales",
         choices=("all", "norm-bias-free"),
     )
     trunk_lr: float = OPTIMIZATION(1.0, "Factor of the learning rate in the trunk", gt=0)
@@ -281,7 +292,9 @@ class TrainConfig:
         role=SPEED,
     )
     loader_options: Mapping[str, OptionValue] = DATA(
-        {}, "Options of the loaders dali and torchvision, e.g. threads=8", role=SPEED
+        {},
+        "Options of the loaders dali, e.g. threads=8, and torchvision, e.g. workers=8",
+        role=SPEED,
     )
     bad_images: str = DATA(
         "fail",
@@ -420,9 +433,10 @@ class TrainConfig:
         return {name: self.method_options.get(name, default) for name, default in defaults.items()}
 
     def views(self) -> int:
-        """The number of augmented views of each training image: one, or one for each peer."""
-        views = method_of(self).views
-        return self.num_branches() if views and self.model_options()[views] else 1
+        """The number of augmented views of each training image: one, or one for each branch."""
+        option = method_of(self).views
+        separate = self.branch_views or (option and self.model_options()[option])
+        return self.num_branches() if separate else 1
 
     def to_yaml(self) -> str:
         """The configuration as YAML with every field."""
@@ -462,7 +476,7 @@ ADDED = (
     *("weights", "pretrained", "branch_init"),
     *("decay", "trunk_lr", "head_lr", "layer_decay", "freeze_epochs", "head_epochs"),
     *("auto_augment", "auto_augment_options", "color_jitter", "random_erasing"),
-    *("label_smoothing", "normalization"),
+    *("label_smoothing", "normalization", "drop_path", "branch_views"),
 )
 """Fields that earlier versions did not have."""
 
@@ -498,67 +512,6 @@ def fields_with_role(role: Role) -> tuple[str, ...]:
 
 
 # --- checks
-
-
-def check_method(config: TrainConfig) -> None:
-    """Check the method, its layout and its options, on which its graph depends.
-
-    Raises:
-        ConfigError: names the field, its value and the fix.
-    """
-    from fastokd.models import check_layout, companion_builder, find_backbone
-
-    method = method_of(config)
-    topology = check_layout(method, config.model_names(), config.topology, config.num_branches())
-    for name in config.model_names():
-        find_backbone(name, config.at, split=topology == "branches" and config.num_branches() > 1)
-    reference_loss(config)
-    companion_builder(method, config.model_options())
-
-
-def build_loss(config: TrainConfig, impl: str | None = None) -> "MethodLoss":
-    """The loss of a configuration: that of its method, with its preset and options, and the terms
-    of a frozen teacher.
-
-    Args:
-        impl: another executor than the configuration's.
-
-    Raises:
-        ConfigError: the preset or an option is unknown, or a value is out of range.
-    """
-    from fastokd.losses.options import COMMON
-
-    method = method_of(config)
-    presets, given = method.loss_class.presets, f"method '{config.method}'"
-    if config.preset not in presets:
-        hint = did_you_mean(config.preset, presets)
-        raise ConfigError(f"unknown preset '{config.preset}' of {given}{hint}")
-    arguments = set(inspect.signature(method.loss_class).parameters)
-    allowed = (arguments - set(COMMON)) | set(method.model_options)
-    for name in config.method_options:
-        if name not in allowed:
-            raise ConfigError(f"unknown option '{name}' of {given}{did_you_mean(name, allowed)}")
-    options = config.loss_options() | ({"impl": impl} if impl else {})
-    try:
-        loss = method.loss_class(num_branches=config.num_branches(), **options)
-        loss.ignore_index = None  # a dataset's labels are classes
-        if config.teacher and not method.needs_teacher:
-            branches = loss.graph.logits[: config.num_branches()]
-            student = branches[config.kept_branch()]
-            loss.add_teacher(
-                branches if config.teacher_to == "branches" else student,
-                config.teacher_weight,
-                config.teacher_temperature,
-                rows=config.teacher_rows,
-            )
-        return loss
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{given}: {error}") from error
-
-
-def reference_loss(config: TrainConfig) -> "MethodLoss":
-    """``build_loss`` on the executor "reference", which runs everywhere."""
-    return build_loss(config, "reference")
 
 
 # --- changing configurations

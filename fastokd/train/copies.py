@@ -14,7 +14,11 @@ from fastokd.models.branched import Peer
 
 @torch.no_grad()
 def copy_to_branches(
-    model: BranchedModel, image_size: tuple[int, int], seed: int, fresh: Collection[Tensor] = ()
+    model: BranchedModel,
+    image_size: tuple[int, int],
+    seed: int,
+    fresh: Collection[Tensor] = (),
+    own_views: bool = False,
 ) -> int:
     """Copy the kept branch's values into all other branches of a model with a trunk.
 
@@ -28,6 +32,8 @@ def copy_to_branches(
         seed: of the noise.
         fresh: tensors of the kept branch whose counterparts stay as initialized, e.g. a new last
             layer.
+        own_views: every branch is trained on its own views of the images, which differ; then equal
+            branches get no noise.
 
     Returns:
         The number of additional blocks that are not the identity.
@@ -40,7 +46,8 @@ def copy_to_branches(
         _copy_tensors(branch, kept, fresh)
         blocks = list(_new_blocks(branch, kept))
         remaining += len(blocks) - len(_make_identities(model, branch, blocks, image_size))
-    separate(model, seed)
+    if not own_views:
+        separate(model, seed)
     return remaining
 
 

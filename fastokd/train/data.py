@@ -86,7 +86,7 @@ def with_augmentation(config: TrainConfig, dataset: AnyDataset) -> AnyDataset:
     """The dataset with the configuration's augmentation; padding replaces random resized crops.
 
     Raises:
-        ConfigError: the padding is larger than the images.
+        ConfigError: the padding is larger than the images, or views would be equal.
     """
     chosen = {"pad": config.pad, "flip": config.flip, "padding": config.padding}
     changes: dict[str, Any] = {name: each for name, each in chosen.items() if each is not None}
@@ -98,7 +98,13 @@ def with_augmentation(config: TrainConfig, dataset: AnyDataset) -> AnyDataset:
             images = f"the images, which are {height} x {width}"
             raise ConfigError(f"pad={config.pad}: it must not exceed {images}")
         changes["crop_scale"] = None
-    return dataclasses.replace(dataset, augment=dataclasses.replace(dataset.augment, **changes))
+    augment = dataclasses.replace(dataset.augment, **changes)
+    if config.branch_views and not augment.is_random:
+        raise ConfigError(
+            "branch_views=True: training images are not augmented, so all views are equal; pass"
+            " e.g. --flip true or --auto-augment trivialaugment, or omit it"
+        )
+    return dataclasses.replace(dataset, augment=augment)
 
 
 Normalization = tuple[Sequence[float], Sequence[float]]

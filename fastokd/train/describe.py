@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 
+from fastokd.data.augment import Augment
 from fastokd.errors import summarize
 from fastokd.losses.method_loss import MethodLoss
 from fastokd.train.config import TrainConfig
@@ -38,6 +39,36 @@ def _describe_skipped(names: Sequence[str]) -> str:
     return (f"; skipped files: {files}" if files else "") + (
         f"; unused folders: {summarize(folders)}" if folders else ""
     )
+
+
+def describe_normalization(data: AnyDataset) -> str:
+    """One line with the mean and standard deviation that images are normalized with."""
+    mean, std = (", ".join(f"{each:.4g}" for each in values) for values in (data.mean, data.std))
+    return f"normalization: mean {mean}; standard deviation {std}"
+
+
+def describe_augmentation(config: TrainConfig, augment: Augment) -> str:
+    """One line with everything that is random about training images."""
+    parts = [f"random crops after padding by {augment.pad} pixels"] * bool(augment.pad)
+    if augment.crop_scale is not None:
+        parts.append("random resized crops of {:g} to {:g} of the area".format(*augment.crop_scale))
+    parts += ["horizontal flips"] * augment.flip
+    if augment.has_policy:
+        options = ", ".join(f"{name} {each}" for name, each in augment.policy_options.items())
+        parts.append(f"{augment.policy}{f' ({options})' if options else ''}")
+    for title, value in (
+        ("color jitter", augment.color_jitter),
+        ("random erasing", augment.erasing),
+        ("mixup", config.mixup),
+        ("CutMix", config.cutmix),
+    ):
+        parts += [f"{title} {value:g}"] * bool(value)
+    line = f"augmentation: {', '.join(parts) or 'none'}"
+    if (views := config.views()) > 1:
+        line += f"; {views} views of each image, one for each branch"
+        if start := config.teach_epoch():
+            line += f", from epoch {start + 1} on"
+    return line
 
 
 def describe_fine_tuning(config: TrainConfig) -> list[str]:

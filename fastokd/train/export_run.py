@@ -116,4 +116,6 @@ def _architecture(run: LoadedRun, index: int, network: nn.Module) -> tuple[str, 
     name = run.evaluator.model.names[index]
     if shapes(create_student(name, len(run.dataset.classes))) == shapes(network):
         return name, {}
-    return run.config.model, {"branch": index, **model_layout(run.config)}
+    layout = model_layout(run.config)
+    del layout["drop_path"]  # acts in training only
+    return run.config.model, {"branch": index, **layout}

@@ -166,6 +166,7 @@ def start_from(
     branch_init: str = "copy",
     image_size: tuple[int, int] = (32, 32),
     seed: int = 0,
+    own_views: bool = False,
 ) -> list[str]:
     """Load trained weights into a newly created model, in place.
 
@@ -182,6 +183,7 @@ def start_from(
         image_size: height and width of the images on which new blocks are compared with the
             identity.
         seed: of the noise.
+        own_views: see ``copy_to_branches``.
 
     Returns:
         Lines about what was loaded, skipped and is new.
@@ -192,12 +194,17 @@ def start_from(
     if not initial:
         return []
     if model.trunk is None:
-        return _start_peers(model, initial, classes, branch_init, seed)
+        lines = _start_peers(model, initial, classes, branch_init)
+        if not own_views:
+            separate(model, seed)
+        return lines
     fresh, line = _load_into(model.live_student(model.kept), initial[0], classes)
     if model.num_branches == 1 or branch_init == "fresh":
         return [line]
-    others = copy_to_branches(model, image_size, seed, fresh)
+    others = copy_to_branches(model, image_size, seed, fresh, own_views)
     copies = "the other branches start as copies of the student's"
+    if own_views:
+        copies += ", without noise because their views of the images differ"
     if others:
         copies += f"; {others} of their additional blocks cannot be the identity and start fresh"
     return [line, copies]
@@ -208,7 +215,6 @@ def _start_peers(
     initial: Sequence[InitialWeights],
     classes: Sequence[str] | None,
     branch_init: str,
-    seed: int,
 ) -> list[str]:
     lines = []
     for index in range(model.num_branches):
@@ -217,7 +223,6 @@ def _start_peers(
         weights = initial[index] if len(initial) > 1 else initial[0]
         _, line = _load_into(model.live_student(index), weights, classes)
         lines.append(f"network {index + 1}: {line}")
-    separate(model, seed)
     return lines
 
 

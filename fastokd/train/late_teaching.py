@@ -15,12 +15,13 @@ from fastokd.losses.method_loss import MethodLoss
 from fastokd.models import BranchedModel, find_backbone
 from fastokd.models.summary import check_images
 from fastokd.train.build import before_teaching, build_model, is_before_teaching, meta_model
-from fastokd.train.config import TrainConfig, build_loss
+from fastokd.train.config import TrainConfig
 from fastokd.train.copies import copy_to_branches
 from fastokd.train.data import AnyDataset
 from fastokd.train.describe import describe_fine_tuning
 from fastokd.train.distributed import Ranks
 from fastokd.train.initial import InitialWeights, start_from
+from fastokd.train.loss import build_loss
 from fastokd.train.optimizers import with_index
 from fastokd.train.step import TrainStep
 from fastokd.train.step_options import choose_step_options
@@ -106,8 +107,9 @@ def build_step(
     model = build_model(config, len(dataset.classes), device, network)
     smallest = max(find_backbone(name).image_size for name in config.model_names())
     check_images(model, dataset.image_size, smallest)
+    own_views = config.views() > 1 and dataset.augment.is_random
     if student is not None:
-        copy_student(model, student["model"], dataset.image_size, config.seed)
+        copy_student(model, student["model"], dataset.image_size, config.seed, own_views)
     notes = start_from(
         model,
         initial,
@@ -115,6 +117,7 @@ def build_step(
         branch_init=config.branch_init or "copy",
         image_size=dataset.image_size,
         seed=config.seed,
+        own_views=own_views,
     )
     step = TrainStep(config, model, device, rows, criterion)
     step.notes = [*notes, *describe_fine_tuning(config)]
@@ -125,7 +128,11 @@ def build_step(
 
 @torch.no_grad()
 def copy_student(
-    model: BranchedModel, student: Mapping[str, Tensor], image_size: tuple[int, int], seed: int
+    model: BranchedModel,
+    student: Mapping[str, Tensor],
+    image_size: tuple[int, int],
+    seed: int,
+    own_views: bool = False,
 ) -> None:
     """Load the weights of a student trained alone into the trunk and all branches of a model, see
     ``copy_to_branches``. The kept branch becomes the student's part after the split.
@@ -135,11 +142,12 @@ def copy_student(
         student: the state dict of the model of ``before_teaching``.
         image_size: height and width of the images.
         seed: of the noise.
+        own_views: see ``copy_to_branches``.
     """
     own = model.state_dict()
     for name, value in student.items():
         own[kept_name(name, model.kept)].copy_(value)
-    copy_to_branches(model, image_size, seed)
+    copy_to_branches(model, image_size, seed, own_views=own_views)
 
 
 def carry_over(step: TrainStep, student: Mapping[str, Any]) -> None:

@@ -318,10 +318,12 @@ def _try_step(
     step = TrainStep(config, model, device, rows)
     step.criterion.prepare(len(dataset.train), len(dataset.classes), device)
     batch, views = config.batch_size, config.views()
-    shape = (*([views] if views > 1 else []), batch, 3, *dataset.image_size)
-    images = torch.randn(shape, device=device).to(image_dtype(step.precision))
-    if config.channels_last and views == 1:
+    images = torch.randn((views * batch, 3, *dataset.image_size), device=device)
+    images = images.to(image_dtype(step.precision))
+    if config.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
+    if views > 1:
+        images = images.unflatten(0, (views, batch))
     index = torch.arange(batch, device=device)
     step(Batch(images, index % len(dataset.classes), index % len(dataset.train)))
     step.number.item()  # waits for the device

@@ -59,9 +59,16 @@ def parameter_settings(
         settings[parameter] = Settings(
             part if freezes else "",
             factors.get(part, 1.0) * config.layer_decay ** depths.get(parameter, 0),
-            config.decay == "all" or parameter.dim() > 1,
+            config.decay == "all" or _is_weight(parameter),
         )
     return settings
+
+
+def _is_weight(parameter: nn.Parameter) -> bool:
+    """False for one value per channel: biases, normalization and layer scales, such as [C, 1, 1] in
+    torchvision's ConvNeXt.
+    """
+    return parameter.dim() > 1 and parameter.shape[1:].numel() > 1
 
 
 def _depths(model: BranchedModel) -> dict[nn.Parameter, int]:

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 from fastokd.errors import ConfigError
-from fastokd.train.config import TEACHER, TrainConfig, check_method, method_of
+from fastokd.train.config import TEACHER, TrainConfig, method_of
 from fastokd.train.fields import check_value, infos
+from fastokd.train.loss import check_method
 
 
 def check_config(config: TrainConfig) -> None:
@@ -62,6 +63,10 @@ def _rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
     for field, alpha in (("mixup", config.mixup), ("cutmix", config.cutmix)):
         reason = "it stores predictions of each image, and a mixed image is two"
         yield method.needs_index and alpha, f"{field}={alpha:g} and {name}: {reason}; use 0"
+    yield (
+        config.branch_views and config.num_branches() == 1,
+        f"branch_views=True and {name}: there is one branch, which sees one view; omit it",
+    )
     smoothing, option = config.label_smoothing, config.method_options.get("label_smoothing")
     yield (
         None not in (smoothing, option) and smoothing != option,

@@ -21,10 +21,11 @@ from fastokd.models import BranchedModel, BranchOutput
 from fastokd.models.layers import uncounted_batches
 from fastokd.ranks import sum_over_ranks
 from fastokd.train.cast_weights import CastWeights, cast_parameters
-from fastokd.train.config import TrainConfig, build_loss
+from fastokd.train.config import TrainConfig
 from fastokd.train.distributed import Ranks, mean_buffers, parallel, share_of_batch, sum_counts
 from fastokd.train.ema import StudentAverage
 from fastokd.train.guard import FiniteGuard
+from fastokd.train.loss import build_loss
 from fastokd.train.metrics import MetricSums, correct_counts
 from fastokd.train.optimizers import Optimizers, with_index
 from fastokd.train.param_groups import frozen_parts, parts

@@ -337,6 +337,18 @@ def _with_weights(
 ) -> nn.Module:
     full_name = f"{library}:{name}"
     network = library_network(full_name, num_classes)
+    others = {
+        value.shape[0]
+        for name, value in weights.items()
+        if (own := network.state_dict().get(name)) is not None
+        if own.shape != value.shape and own.shape[0] == num_classes
+        if own.shape[1:] == value.shape[1:]
+    }
+    if len(others) == 1:
+        raise CheckpointError(
+            f"the teacher {where} has weights for {others.pop()} classes, the data has"
+            f" {num_classes}; use a teacher with the same classes and order"
+        )
     try:
         load_weights(network, without_auxiliary(full_name, weights), where)
     except CheckpointError as error:

@@ -27,24 +27,10 @@ from fastokd.train.checkpoint import (
     snapshot,
     state_bytes,
 )
-from fastokd.train.config import TrainConfig, build_loss
+from fastokd.train.config import TrainConfig
 from fastokd.train.config_files import load_config
-from fastokd.train.data import (
-    AnyDataset,
-    data_record,
-    explain_loader,
-    loader_for,
-    loader_name,
-    open_data,
-    prepared,
-)
-from fastokd.train.describe import (
-    describe_data,
-    describe_extension,
-    describe_late_teaching,
-    describe_loss,
-    describe_run,
-)
+from fastokd.train.data import AnyDataset, data_record, loader_for, loader_name, open_data, prepared
+from fastokd.train.describe import describe_extension, describe_loss, describe_run
 from fastokd.train.distributed import (
     Ranks,
     choose_device,
@@ -55,9 +41,11 @@ from fastokd.train.distributed import (
 )
 from fastokd.train.guard import NonFinite
 from fastokd.train.initial import normalization_of, read_initial, with_absolute_weights
+from fastokd.train.introduction import introduction
 from fastokd.train.late_teaching import build_step, check_late_teaching, check_same_phase
 from fastokd.train.logs import MetricSink, check_sinks, open_sinks
-from fastokd.train.memory import describe_memory, is_out_of_memory, out_of_memory
+from fastokd.train.loss import build_loss
+from fastokd.train.memory import is_out_of_memory, out_of_memory
 from fastokd.train.outcome import Interrupted, NonFiniteLoss, RunIsFinished, Summary
 from fastokd.train.progress import EpochProgress, Reporter, Throughput
 from fastokd.train.randomness import be_deterministic, random_state, set_random_state
@@ -160,27 +148,30 @@ class Trainer:
         self.runner = StepRunner(self.step, self.reporter.print)
 
     def _open_loaders(self) -> None:
-        def loader(split: Any, train: bool = False) -> Loader:
-            return loader_for(
-                self.config, self.dataset, split, train, self.device, self._saved_data
-            )
-
-        images: Any = self.dataset.train
-        classes = self.dataset.classes
+        self._trained_images: Any = self.dataset.train
+        self._views = 0  # of the training images
         self.num_held_out, self.held_out_loader = 0, None
         if fraction := build_loss(self.config).held_out_fraction:
-            images, held_out = split_off(images, classes, fraction, self.config.seed)
-            self.num_held_out, self.held_out_loader = len(held_out), loader(held_out)
-        self._num_trained = len(images)
-        self._memory_note = self._prepare_loss()
-        self.train_loader = loader(images, train=True)
-        self.eval_loader = loader(self.dataset.evaluation)
+            self._trained_images, held_out = split_off(
+                self._trained_images, self.dataset.classes, fraction, self.config.seed
+            )
+            self.num_held_out, self.held_out_loader = len(held_out), self._loader(held_out)
+        self.eval_loader = self._loader(self.dataset.evaluation)
         self._eval_steps = max(gather_states(len(self.eval_loader)))
+        self._prepare_phase()
 
-    def _prepare_loss(self) -> str:
-        """Allocate the loss's state; returns a line about its memory, or ""."""
-        sizes = self._num_trained, len(self.dataset.classes)
-        return self.step.criterion.prepare(*sizes, self.device)
+    def _loader(self, split: Any, train: bool = False) -> Loader:
+        # The student alone, before ``teach_from``, has one view of each image.
+        config = self.step.config
+        return loader_for(config, self.dataset, split, train, self.device, self._saved_data)
+
+    def _prepare_phase(self) -> None:
+        """Allocate the loss's state and open the training images with the networks' views."""
+        sizes = len(self._trained_images), len(self.dataset.classes)
+        self._memory_note = self.step.criterion.prepare(*sizes, self.device)
+        if self._views != (views := self.step.config.views()):
+            self.train_loader = self._loader(self._trained_images, train=True)
+            self._views = views
 
     def start(self) -> None:
         """Write the files that identify a new run."""
@@ -210,7 +201,7 @@ class Trainer:
         check_same_phase(before, self.config, state, path)
         if self._is_alone and not is_before_teaching(self.config, state):
             self._build_step()
-            self._memory_note = self._prepare_loss()
+            self._prepare_phase()
         self.step.load_state_dict(state, path)
         self.epoch, self.done, self.seconds = state["epoch"], 0, state["seconds"]
         self.last, self.best, self.best_epoch = state["last"], state["best"], state["best_epoch"]
@@ -349,9 +340,11 @@ class Trainer:
         gc.collect()
         torch.cuda.empty_cache()  # nothing without a GPU
         self._build_step(student=student)
-        note = self._prepare_loss()
+        self._prepare_phase()
         starts = f"teaching starts in epoch {self.epoch + 1}; step: {self.step.options.describe()}"
-        for line in filter(None, (starts, describe_loss(self.step.criterion, self.config), note)):
+        for line in filter(
+            None, (starts, describe_loss(self.step.criterion, self.config), self._memory_note)
+        ):
             self.reporter.info(line)
         if self.store is not None:
             self.store.check_space(state_bytes(self._state(True, [])))
@@ -578,23 +571,19 @@ class Trainer:
 
     def _introduce(self) -> None:
         """Print the lines about the run, its data, step, memory, teacher and loss."""
-        info, config, data, step = self.reporter.info, self.config, self.dataset, self.step
+        info, config, step = self.reporter.info, self.config, self.step
         info(f"run {self.run_folder.path}: {describe_run(config)}, on {self.device}")
-        info(describe_data(data))
-        info(explain_loader(config, data, self.device, self._saved_data))
-        info(f"step: {step.options.describe()}; {step.share.describe()}")
-        batches = describe_batches(config, self._num_trained, len(self.train_loader), step.share)
-        for note in (*batches, *step.notes):
-            info(note)
-        if self.reporter.shows_info:  # the estimate takes a second
-            for line in describe_memory(config, data, self.device, self.teacher):
-                info(line)
-        if self.teacher:
-            info(f"teacher {self.teacher.description}")
-        if self._is_alone:
-            info(describe_late_teaching(config))
-        info(describe_loss(step.criterion, step.config))
-        if count := self.num_held_out:
-            info(f"{count} training images are held out for the loss and never trained on")
+        steps = len(self.train_loader)
+        for line in introduction(
+            config,
+            self.dataset,
+            step,
+            self.teacher,
+            batches=describe_batches(config, self._num_trained, steps, step.share),
+            seen=self._saved_data,
+            num_held_out=self.num_held_out,
+            with_memory=self.reporter.shows_info,
+        ):
+            info(line)
         if self._memory_note:
             info(self._memory_note)

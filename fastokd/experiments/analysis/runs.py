@@ -12,8 +12,9 @@ from fastokd.errors import CheckpointError, ConfigError
 from fastokd.export.record import parse_record
 from fastokd.train.checkpoint import load_newest
 from fastokd.train.compute import ALONE, student_alone, student_network
-from fastokd.train.config import TrainConfig, fields_with_role, reference_loss
+from fastokd.train.config import TrainConfig, fields_with_role
 from fastokd.train.fields import Role
+from fastokd.train.loss import reference_loss
 from fastokd.train.run_folder import RunFolder, read_json_object
 from fastokd.train.step import AVERAGE
 
