@@ -579,7 +579,7 @@ class Trainer:
             self.dataset,
             step,
             self.teacher,
-            batches=describe_batches(config, self._num_trained, steps, step.share),
+            batches=describe_batches(config, len(self._trained_images), steps, step.share),
             seen=self._saved_data,
             num_held_out=self.num_held_out,
             with_memory=self.reporter.shows_info,
