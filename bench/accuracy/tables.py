@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from bench.accuracy.presets import PRESETS
 from bench.gpu.results import ROOT
 from fastokd.experiments.analysis.compare import difference_cells, paired_test
 from fastokd.experiments.analysis.figures import require_matplotlib, save_svg
 from fastokd.experiments.analysis.tables import markdown_table, spread
+from fastokd.train.config import TrainConfig
 
 EQUAL = 0.1
 """The largest relative difference of training compute that counts as equal; more than in ``fastokd
@@ -45,13 +48,15 @@ class Row(NamedTuple):
 
 
 def read_rows(found: Mapping[str, Any]) -> dict[str, Row]:
-    """The rows of a result file by name, in the file's order."""
-    rows = {}
+    """The rows of a result file by name, in the file's order. Options that are newer than a row
+    have their defaults.
+    """
+    rows, defaults = {}, yaml.safe_load(TrainConfig().to_yaml())
     for name in dict.fromkeys(run["row"] for run in found["runs"]):
         runs = [run for run in found["runs"] if run["row"] == name]
         rows[name] = Row(
             name,
-            found["settings"][name],
+            {**defaults, **found["settings"][name]},
             {run["seed"]: _error(run["last"][run["student"]]) for run in runs},
             {run["seed"]: _error(run["best"][run["student"]]) for run in runs},
             [_error(run["last"]["ensemble"]) for run in runs if "ensemble" in run["last"]],

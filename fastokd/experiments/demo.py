@@ -49,6 +49,7 @@ def demo_config(method: str, seed: int, epochs: int, branches: int) -> TrainConf
         batch_size=64,
         schedule="cosine",
         lr=0.05,
+        precision="fp32",  # the same on processors with and without bf16 arithmetic
         seed=seed,
     )
 
