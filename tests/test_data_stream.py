@@ -331,7 +331,7 @@ def test_dali_threads_leave_cores_for_other_work(monkeypatch):
     from fastokd.data import dali
 
     for cores, alone, beside in ((1, 1, 1), (2, 1, 2), (4, 3, 4), (5, 4, 3), (16, 15, 14)):
-        monkeypatch.setattr(dali, "default_workers", lambda cores=cores: cores)
+        monkeypatch.setattr(dali, "workers_per_process", lambda cores=cores: cores)
         assert (dali.default_threads(False), dali.default_threads(True)) == (alone, beside)
 
 

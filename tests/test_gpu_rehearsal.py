@@ -19,7 +19,7 @@ MINUTES = 5
 
 @pytest.mark.parametrize(("part", "rows"), PARTS.items())
 def test_rehearsed_part_has_no_failed_row(part: str, rows: int, tmp_path: Path) -> None:
-    program = pretend_cuda.FOLDER / "bench_gpu.py"
+    program = pretend_cuda.FOLDER / "gpu_calls.py"
     arguments = [part, "--out", str(tmp_path), "--runs", str(tmp_path / "runs")]
     arguments += ["--minutes", str(MINUTES)]
     assert pretend_cuda.run(program, json.dumps(arguments), timeout=60 * (MINUTES + 20)) == 0

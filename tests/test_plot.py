@@ -64,7 +64,8 @@ def test_lines_are_means_and_bands_are_ranges_of_the_records(sample_runs, tmp_pa
         ("waiting for images, % of the time", 100, lambda record: record["waiting_share"]),
     ):
         axes = panel(drawn, title)
-        shown = ["ahbf"] if title in ("ta3", "kl/ta2->branch1") else ["ahbf", "baseline"]
+        taught = title in ("ta3", "kl/ta2->branch1", "ramp-up (kd_weight)")
+        shown = ["ahbf"] if taught else ["ahbf", "baseline"]
         assert [line.get_label() for line in axes.get_lines()] == [
             f"resnet8 {method} (mean and range of 2 seeds)" for method in shown
         ]

@@ -93,7 +93,7 @@ def _print_split_points(name: str, layout: Mapping[str, Any], image_size: int | 
         return
     print(
         f"{layout['method']}, images of {size} x {size}; a later point shares more and trains"
-        " faster, an earlier one gives branches more of their own layers (docs/bring-your-own.md)"
+        " faster, an earlier one gives each branch more layers (docs/bring-your-own.md)"
     )
     print(f"train it: fastokd train --model {name} --data FOLDER; another point: --at POINT")
 

@@ -56,7 +56,7 @@ class GraphLoss(nn.Module):
         num_branches: M, how many of the first rows of logits are branches; None for all.
         extra_terms: terms that are not in the graph, by name; they need ``reduction="mean"``.
         ignore_index: label of rows that contribute nothing; None for no label. As in
-            ``cross_entropy`` the mean is over the other rows, and 0 if there are none.
+            ``cross_entropy`` the mean is over the other rows, and 0 without such rows.
         class_weight: [C], the factors of the classes in every cross-entropy, as in
             ``cross_entropy``, whose mean they also weigh.
         class_dim: the dimension of the classes in dense logits, 1 or -1.

@@ -102,8 +102,6 @@ def node_rows(plan: Plan, inputs: Inputs) -> list[Tensor]:
     """
     dtype = compute_dtype(inputs.logits[0])
     rows = [row.to(dtype) for row in (*inputs.logits, *inputs.externals)]
-    for i in range(len(inputs.logits)):
-        rows[i] = rows[i].masked_fill(rows[i] == -torch.inf, MASKED)
     for node in plan.nodes:
         rows.append(_derived(plan, node, rows, inputs.weights, inputs.target))
     return rows
@@ -135,7 +133,9 @@ def _kl(plan: Plan, term: PlanTerm, rows: list[Tensor]) -> Tensor:
 def term_values(plan: Plan, inputs: Inputs) -> Tensor:
     """The unweighted terms [T, B], differentiable in logits and weights."""
     with torch.autocast(inputs.logits[0].device.type, enabled=False):
-        rows = node_rows(plan, inputs)
+        rows = [row.to(compute_dtype(row)) for row in inputs.logits]
+        masked = [row.masked_fill(row == -torch.inf, MASKED) for row in rows]
+        rows = node_rows(plan, inputs._replace(logits=masked))
         values = [
             _cross_entropy(rows[term.student], inputs.target, plan.label_smoothing)
             if term.kind == CROSS_ENTROPY
@@ -150,7 +150,7 @@ def weighted_rows(term_weights: Tensor, terms: Tensor) -> Tensor:
     """The loss of each row [B] from the term weights [T] or [B, T] and the terms [T, B]."""
     if term_weights.dim() == 1:
         return (term_weights.unsqueeze(1) * terms).sum(0)
-    weights = term_weights.t()
+    weights = term_weights.t().contiguous()  # in the layout of the terms, for the same sums
     return (weights * torch.where((weights == 0) & ~terms.isfinite(), 0.0, terms)).sum(0)
 
 

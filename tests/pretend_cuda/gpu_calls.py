@@ -1,4 +1,4 @@
-"""A rehearsal of ``bench.gpu`` on the pretend device: ``bench_gpu.py JSON`` with its arguments."""
+"""A rehearsal of ``bench.gpu`` on the pretend device: ``gpu_calls.py JSON`` with its arguments."""
 
 import json
 import sys
