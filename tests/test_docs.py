@@ -24,7 +24,7 @@ import yaml
 from cifar_files import write_cifar
 from PIL import Image
 
-from fastokd import cli
+from fastokd import cli, methods
 from fastokd.cli.commands import COMMANDS, Command, find_command, option_names
 from fastokd.data.dali import missing_dali
 from fastokd.experiments.recipes import list_recipes
@@ -114,6 +114,16 @@ def blocks_of(path: Path) -> list[Block]:
 
 BLOCKS = [block for path in PAGES for block in blocks_of(path)]
 LEFT_OUT = [block for block in BLOCKS if not block.is_run]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_methods():
+    """Forget the methods that the pages' plug-ins register, for other tests of this process."""
+    targets = methods._methods.targets
+    before = dict(targets)
+    yield
+    for name in targets.keys() - before.keys():
+        del targets[name]
 
 
 @pytest.fixture(scope="module")

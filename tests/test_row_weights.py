@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastokd.graph import Graph
 from fastokd.losses import AFIDLoss, AHBFLoss, BaselineLoss, DMLLoss, GraphLoss, KDCLLoss
+from fastokd.losses.dense import DenseLayout
 
 EXECUTORS = ("reference", "cpu")
 BATCH, CLASSES, BRANCHES = 12, 5, 3
@@ -256,11 +257,12 @@ def test_shared_scores_and_weights_reach_all_positions(impl: str) -> None:
 def test_channels_last_and_tokens_are_not_copied() -> None:
     maps = draw(2, CLASSES, 4, 3).to(memory_format=torch.channels_last)
     tokens = draw(2, 7, CLASSES)
-    for logits, options in ((maps, {}), (tokens, {"class_dim": -1})):
-        criterion = DMLLoss(2, **options)
-        given = criterion._inputs([logits, logits], None, {})
-        assert given.logits[0].data_ptr() == logits.data_ptr()
-        assert given.logits[0].shape == (logits.numel() // CLASSES, CLASSES)
+    for logits, class_dim in ((maps, 1), (tokens, -1)):
+        layout = DenseLayout.of([logits, logits], class_dim)
+        assert layout is not None
+        rows = layout.rows(logits, "logits")
+        assert rows.data_ptr() == logits.data_ptr()
+        assert rows.shape == (logits.numel() // CLASSES, CLASSES)
 
 
 def test_dense_rows_have_names_in_their_layout() -> None:
