@@ -5,7 +5,6 @@ import difflib
 import io
 import os
 import select
-import stat
 import sys
 import warnings
 from collections.abc import Sequence
@@ -64,9 +63,7 @@ def _is_stdout_closed() -> bool:
     """Check if the reader of standard output is gone, as after ``| head``, and silence it then."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)  # reports errors only
-    mode = os.fstat(sys.stdout.fileno()).st_mode
-    # Some systems report no error of a pipe whose reader ended between two writes.
-    if not poll.poll(0) and not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+    if not poll.poll(0):
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True
