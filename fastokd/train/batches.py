@@ -51,11 +51,7 @@ def small_data_defaults(config: TrainConfig, num_images: int) -> tuple[TrainConf
     with it. Both stay, and the line is "", if there are enough images or the processes do not
     divide the smaller batch.
     """
-    size, ranks = config.batch_size, Ranks.current().size
-    while num_images // size < FEW_STEPS and size % 2 == 0 and size // 2 >= FEW_IMAGES:
-        if size // 2 % ranks or size // 2 // ranks < 2:
-            break
-        size //= 2
+    size = _smaller_batch(config.batch_size, num_images, Ranks.current().size)
     if size == config.batch_size:
         return config, ""
     lr = config.lr * size / config.batch_size
@@ -64,6 +60,17 @@ def small_data_defaults(config: TrainConfig, num_images: int) -> tuple[TrainConf
         f"few images: batch size {size} and learning rate {lr:g} instead of {config.batch_size} and"
         f" {config.lr:g}; set them with --batch-size and --lr",
     )
+
+
+def _smaller_batch(size: int, num_images: int, processes: int) -> int:
+    """The batch halved until an epoch has ``FEW_STEPS`` steps, as long as it has ``FEW_IMAGES``
+    images, and each process the same number of two or more.
+    """
+    while num_images // size < FEW_STEPS and size % 2 == 0 and size // 2 >= FEW_IMAGES:
+        if size // 2 % processes or size // 2 // processes < 2:
+            break
+        size //= 2
+    return size
 
 
 def describe_batches(
@@ -83,9 +90,7 @@ def describe_batches(
     )
     yield f"{steps} step{'s' * (steps != 1)} per epoch of {config.batch_size} images{images}"
     if steps < FEW_STEPS:
-        smaller = config.batch_size
-        while num_images // smaller < FEW_STEPS and smaller >= 2 * FEW_IMAGES:
-            smaller //= 2
+        smaller = _smaller_batch(config.batch_size, num_images, share.processes)
         fix = "train more --epochs"
         if smaller < config.batch_size:
             lr = config.lr * smaller / config.batch_size

@@ -44,18 +44,11 @@ def _figure(title: str, content: bytes, description: str) -> str:
 
 
 def _configurations(groups: Sequence[Group]) -> str:
-    differing = {
-        name: cells
-        for name, values in config_differences([group.config for group in groups]).items()
-        if len(
-            set(
-                cells := [
-                    _cell(group, name, value) for group, value in zip(groups, values, strict=True)
-                ]
-            )
-        )
-        > 1
-    }
+    differing = {}
+    for name, values in config_differences([group.config for group in groups]).items():
+        cells = [_cell(group, name, value) for group, value in zip(groups, values, strict=True)]
+        if len(set(cells)) > 1:
+            differing[name] = cells
     if not differing:
         return "<p>The configurations are the same but for the seed.</p>\n"
     head = ("field", *(group.label for group in groups))
