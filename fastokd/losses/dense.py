@@ -22,11 +22,14 @@ class DenseLayout(NamedTuple):
     @classmethod
     def of(cls, logits: Sequence[Tensor] | Tensor, class_dim: int) -> "DenseLayout | None":
         """The layout of the first of several tensors of logits; None for rows [B, C]."""
-        is_sequence = isinstance(logits, (Tensor, tuple, list)) and len(logits)
-        first = logits[0] if is_sequence else None
-        if not isinstance(first, Tensor) or first.dim() < 3:
+        if isinstance(logits, Tensor):
+            shape: Sequence[int] = logits.shape[1:]
+        else:  # what is no sequence of tensors is reported by the checks
+            first = logits[0] if isinstance(logits, (tuple, list)) and logits else None
+            shape = first.shape if isinstance(first, Tensor) else ()
+        if len(shape) < 3:
             return None
-        batch, *others = first.shape
+        batch, *others = shape
         last = class_dim == -1
         return cls(batch, tuple(others[:-1] if last else others[1:]), last)
 

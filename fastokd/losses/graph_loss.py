@@ -206,7 +206,7 @@ class GraphLoss(nn.Module):
     ) -> GraphInputs:
         """``graph_inputs``, after ``update_state`` in training; wrong keywords name the loss."""
         branch_logits = self._rows(branch_logits)
-        layout = self._layout(branch_logits)
+        layout = DenseLayout.of(branch_logits, self.class_dim)
         if layout is not None:
             rows = enumerate(branch_logits)
             branch_logits = [layout.rows(row, f"branch_logits[{index}]") for index, row in rows]
@@ -228,9 +228,6 @@ class GraphLoss(nn.Module):
         if layout is None:
             return given
         return given.as_rows(layout, given.lowered or self.lowered)
-
-    def _layout(self, branch_logits: Rows) -> DenseLayout | None:
-        return DenseLayout.of(self._rows(branch_logits), self.class_dim)
 
     def _split_teacher(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
         """The keywords of ``graph_inputs``, and the frozen teacher's rows."""
@@ -356,7 +353,7 @@ class GraphLoss(nn.Module):
         """The operator's inputs of a call, with every tensor checked."""
         if target is None:  # None is valid only for methods such as ``named_logits``
             raise TypeError("target must be a tensor, got NoneType")
-        layout = self._layout(branch_logits)
+        layout = DenseLayout.of(branch_logits, self.class_dim)
         if layout is not None:
             target = layout.target(target)
             sample_weight = layout.values(sample_weight, "sample_weight")
@@ -442,7 +439,7 @@ class GraphLoss(nn.Module):
         if self.num_branches > 1 and "ensemble" not in named:
             members = [named[name] for name in self.ensemble_members]
             named["ensemble"] = torch.stack(members).mean(0)
-        layout = self._layout(branch_logits)
+        layout = DenseLayout.of(branch_logits, self.class_dim)
         return named if layout is None else {n: layout.restore(row) for n, row in named.items()}
 
     @torch.no_grad()

@@ -61,7 +61,7 @@ class TritonExecutor:
         stats = rows.new_empty((spec.num_stats, batch))
         if batch:
             with device_of(inputs.logits[0]):
-                launch.forward(spec, inputs, rows, terms, stats)
+                launch.forward(spec, _placed(inputs), rows, terms, stats)
         return rows, terms, stats
 
     def backward(
@@ -70,7 +70,7 @@ class TritonExecutor:
         grads = _gradients(inputs, needs)
         if inputs.logits[0].shape[0] and any(needs):
             with device_of(inputs.logits[0]):
-                launch.backward(specialize(plan), inputs, grads, grad_rows, stats, needs)
+                launch.backward(specialize(plan), _placed(inputs), grads, grad_rows, stats, needs)
         return grads
 
     def forward_backward(
@@ -80,8 +80,14 @@ class TritonExecutor:
         rows, terms = _outputs(spec, inputs)
         if inputs.logits[0].shape[0]:
             with device_of(inputs.logits[0]):
-                launch.forward_backward(spec, inputs, grads, rows, terms, needs)
+                launch.forward_backward(spec, _placed(inputs), grads, rows, terms, needs)
         return rows, terms, grads
+
+
+def _placed(inputs: Inputs) -> Inputs:
+    """The inputs with separate weights of terms [B, T] row after row, as the kernels read them."""
+    weights = inputs.term_weights
+    return inputs if weights.dim() == 1 else inputs._replace(term_weights=weights.contiguous())
 
 
 def _has_cuda() -> bool:
