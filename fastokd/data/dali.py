@@ -24,8 +24,15 @@ from numpy.typing import NDArray
 
 from fastokd.data import dali_policies, stream
 from fastokd.data.dali_policies import DaliPolicy
-from fastokd.data.decoding import EXTENSIONS, central_part, decode, decodes_alike
-from fastokd.data.files import FileSplit, replacement_index
+from fastokd.data.decoding import (
+    EXTENSIONS,
+    HEADER_BYTES,
+    central_part,
+    decode,
+    decodes_alike,
+    is_plain_jpeg,
+)
+from fastokd.data.files import FileSplit, read_bytes, replacement_index
 from fastokd.data.images import reason_of, workers_per_process
 from fastokd.data.loader import LoaderKind
 from fastokd.data.random_crop import ATTEMPTS
@@ -316,8 +323,14 @@ class DaliLoader(StreamLoader):
     def _needs_pillow(self, index: int) -> bool:
         """True if DALI does not decode an image, or to other pixels than the other loaders."""
         if index not in self._by_pillow:
+            path, start, size = self.split.location(index)
             try:
-                self._by_pillow[index] = not decodes_alike(self.split.read(index))
+                # Whole files are read for other formats only: this runs in the loop of the step.
+                head = read_bytes(
+                    path, start, HEADER_BYTES if size < 0 else min(size, HEADER_BYTES)
+                )
+                alike = is_plain_jpeg(head) or decodes_alike(self.split.read(index))
+                self._by_pillow[index] = not alike
             except OSError:  # DALI reports it
                 return False
         return self._by_pillow[index]

@@ -8,10 +8,10 @@ for files for which ``decodes_alike`` is true.
 import itertools
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -66,17 +66,19 @@ def decode(source: str | Path | BytesIO) -> "Image.Image":
         }.get(_orientation(file))
         if turn is not None:
             image = image.transpose(turn)
-        return to_rgb(image, file.format, getattr(file, "tag_v2", {}))
+        return to_rgb(image, file.format, getattr(file, "tag_v2", None))
 
 
-def to_rgb(image: "Image.Image", format: str | None = None, tags: object = ()) -> "Image.Image":
+def to_rgb(
+    image: "Image.Image", format: str | None = None, tags: Mapping[int, Any] | None = None
+) -> "Image.Image":
     """Convert an image of any mode to 8-bit RGB, see ``decode``; ``format`` and the TIFF ``tags``
     are those of its file.
     """
     # Pillow clips 16-bit grayscale at 255 when it converts to RGB, and knows no range for 32-bit
     # integers and floats.
     if image.mode.startswith("I;16") or (image.mode == "I" and format in ("PNG", "PPM")):
-        image = _high_byte(image, tags)
+        image = _high_byte(image, tags or {})
     elif image.mode in ("I", "F"):
         raise ValueError(f"{image.mode}-mode pixels (32 bits) have no defined 8-bit range")
     elif image.mode == "LAB":
@@ -95,14 +97,11 @@ def _orientation(file: "Image.Image") -> int:
     return orientation if isinstance(orientation, int) else 1
 
 
-def _high_byte(image: "Image.Image", tags: object) -> "Image.Image":
+def _high_byte(image: "Image.Image", tags: Mapping[int, Any]) -> "Image.Image":
     """The 8 high bits of grayscale with 9 to 16 bits; ``tags`` are those of a TIFF file."""
     from PIL import Image
 
-    bits, photometric = 16, 1
-    if tags:
-        bits = tags.get(258, (16,))[0]  # type: ignore[attr-defined]
-        photometric = tags.get(262, 1)  # type: ignore[attr-defined]
+    bits, photometric = tags.get(258, (16,))[0], tags.get(262, 1)
     levels = np.asarray(image).astype(np.int64) >> (bits - 8)
     if photometric == 0:  # white is zero, which Pillow inverts only for 8 bits
         levels = 255 - levels
@@ -191,6 +190,19 @@ def check_jpeg_rows(content: bytes, last_row: "np.typing.NDArray[np.uint8]") -> 
         raise ValueError("truncated: rows of the JPEG file are missing")
 
 
+HEADER_BYTES = 1 << 14
+"""Enough of most JPEG files for ``is_plain_jpeg``."""
+
+
+def is_plain_jpeg(head: bytes) -> bool:
+    """``decodes_alike`` for the start of a file: True only for JPEG files whose header says so."""
+    try:
+        size = _simple_jpeg(head) if head.startswith(JPEG) else None
+    except (struct.error, IndexError):  # the header is longer
+        return False
+    return size is not None and not is_elongated(*size)
+
+
 def decodes_alike(content: bytes) -> bool:
     """True if every decoder gives an image file the pixels of ``decode``, up to rounding: 8-bit
     JPEG, PNG and WebP files without properties that decoders treat differently.
@@ -198,8 +210,8 @@ def decodes_alike(content: bytes) -> bool:
     try:
         if content.startswith(PNG):
             return _plain_png(content)
-        if content.startswith(JPEG) and (size := _simple_jpeg(content)) is not None:
-            return not is_elongated(*size)
+        if is_plain_jpeg(content):
+            return True
         from PIL import Image
 
         with Image.open(BytesIO(content)) as image:
