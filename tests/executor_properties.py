@@ -1,7 +1,7 @@
 """Property of every executor on any graph: an error from float64 of at most twice PyTorch's in the
 same dtype.
 
-Not a test file: ``test_executors.py`` calls this for the C++ executor, and in a process of its own
+Not a test file: ``test_executors.py`` calls this for the C++ executor, and in a separate process
 for Triton's interpreter, which must be chosen before Triton is first imported.
 """
 

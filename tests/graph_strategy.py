@@ -21,7 +21,7 @@ _CONSTANT_TEACHERS = (External, MinLogit, LowestCrossEntropy)
 
 
 def _draw_weights(draw: st.DrawFn, count: int, widths: dict[str, int]) -> str | tuple[float, ...]:
-    """Constants, a weight tensor of its own, or one that an earlier node of as many inputs uses."""
+    """Constants, a separate weight tensor, or one that an earlier node of as many inputs uses."""
     shared = [name for name, width in widths.items() if width == count]
     choice = draw(st.sampled_from(["constant", "own", *(["shared"] if shared else [])]))
     if choice == "shared":

@@ -2,7 +2,7 @@
 every gradient.
 
 Not a test file: ``test_method_losses.py`` calls ``check`` for the reference and the C++ executor,
-and runs this file in a process of its own for Triton's interpreter, which must be chosen before
+and runs this file in a separate process for Triton's interpreter, which must be chosen before
 Triton is first imported.
 """
 

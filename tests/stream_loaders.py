@@ -49,7 +49,7 @@ def dali(*args, options=None, **settings):
 
 
 def dali_alone(*args, **settings):
-    """DALI as it works beside a GPU: it scales the pictures too."""
+    """DALI as it works with a GPU: it scales the images too."""
     pytest.importorskip("nvidia.dali", reason="pip install -e '.[dali]'")
     from fastokd.data.dali import DaliOptions
 

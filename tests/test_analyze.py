@@ -473,7 +473,7 @@ def test_nonfinite_logits_are_refused(ahbf, analyze, monkeypatch, tmp_path):
 
 
 def test_figures_of_many_classes_limit_names(ahbf, unsaved, tmp_path):
-    """Each figure names as many classes as can be read, and says so."""
+    """Each figure names as many classes as can be read, and reports their number."""
     analysis = analyze_run(ahbf, max_images=20, device="cpu")
     names = [f"class {place}" for place in range(1000)]
     found = dataclasses.replace(analysis.gathered, labels=10 * torch.arange(100))

@@ -33,7 +33,7 @@ from fastokd.train.rules import check_config
 from fastokd.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
-# README first: others go on with its runs.
+# README first: other pages continue with its runs.
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",

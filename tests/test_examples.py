@@ -89,7 +89,7 @@ def test_own_method_example_trains(tmp_path):
 
 
 def test_own_network_example_trains_and_exports(pictures, tmp_path):
-    """The files of a run need the module of its network, and say so."""
+    """The files of a run need the module of its network, and report it."""
     run_folder, plugin = tmp_path / "run", ["--plugin", ROOT / "examples" / "own_network.py"]
     model = ["--model", "own_network:make_net", "--at", "blocks.2", "--branches", 2]
     small = ["--aux-blocks", 1, "--epochs", 1, "--batch-size", 64, "--image-size", 16]

@@ -389,7 +389,7 @@ def test_loss_after_inference_mode_has_gradients() -> None:
     batch = Batch()
     criterion = AHBFLoss().to(
         "meta"
-    )  # So that the call has to make its term weights anew, as on a first GPU call.
+    )  # so the call makes its term weights again, as a first GPU call
     weight = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     with torch.inference_mode():
         criterion(batch.logits, batch.labels, scores=batch.scores)

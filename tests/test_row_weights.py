@@ -391,4 +391,4 @@ def test_bad_argument_is_named(make: Callable[[], Any], message: str) -> None:
 
 def test_class_weight_that_is_no_tensor_is_named() -> None:
     with pytest.raises(TypeError, match="class_weight must be a floating tensor"):
-        BaselineLoss(1, class_weight=[1.0, 2.0])  # type: ignore[arg-type]
+        BaselineLoss(1, class_weight=[1.0, 2.0])
