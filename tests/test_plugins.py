@@ -114,7 +114,8 @@ def test_other_plugin_of_the_same_name_is_refused(tmp_path):
 def test_code_inside_a_run_folder_is_not_loaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     inside = write(tmp_path / "run" / "evil.py", "raise AssertionError")
-    for text in (str(inside), "run/evil.py", "../evil.py"):
+    module = f"evil@{tmp_path / 'run'}"
+    for text in (str(inside), "run/evil.py", "../evil.py", module, "evil@run", "evil:main@."):
         folder = tmp_path / "run"
         RunFolder(folder).save_config(TrainConfig(plugin=(text,)))
         with pytest.raises(ConfigError, match="code that came with a run is not loaded"):

@@ -137,14 +137,15 @@ def load_run_plugins(config: TrainConfig, folder: Path) -> TrainConfig:
     """``load_plugins`` for the configuration of a run, which another person may have written.
 
     Raises:
-        ConfigError: a plug-in is a file in the run's folder, or its path is not absolute.
+        ConfigError: a plug-in's file or folder is in the run's folder, or its path is not absolute.
     """
     for text in config.plugin:
-        file = plugins.Plugin.parse(text).file
-        inside = file is not None and file.resolve().is_relative_to(folder.resolve())
-        if file is not None and (inside or not Path(text).is_absolute()):
+        written = text if text.endswith(".py") else plugins.Plugin.parse(text).folder
+        path = Path(written)
+        inside = path.resolve().is_relative_to(folder.resolve())
+        if written and (inside or not path.is_absolute()):
             raise ConfigError(
                 f"plug-in {text} of {folder}: code that came with a run is not loaded; if you trust"
-                " it, copy the file elsewhere and pass --plugin with its path"
+                " it, copy it elsewhere and pass --plugin with its path"
             )
     return load_plugins(config, str(folder))
