@@ -17,6 +17,7 @@ State = Literal["ok", "absent", "problem"]
 
 _EXTRAS = {
     "dali": "nvidia.dali",
+    "parquet": "pyarrow",
     "timm": "timm",
     "plots": "matplotlib",
     "tensorboard": "tensorboard",

@@ -47,6 +47,23 @@ def test_idx_files_are_read(tmp_path, mark, compressed):
     assert "idx" in list_datasets()
 
 
+@pytest.mark.parametrize("prefix", ["", "emnist-letters-"])
+@pytest.mark.parametrize("folder", ["", "raw"])
+def test_idx_files_of_other_datasets_are_read(tmp_path, prefix, folder):
+    """Names of EMNIST, its labels from 1 on, and torchvision's folder."""
+    root = tmp_path / folder
+    root.mkdir(exist_ok=True)
+    for part in ("train", "test"):
+        (root / f"{prefix}{part}-images-idx3-ubyte").write_bytes(idx(IMAGES))
+        (root / f"{prefix}{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(LABELS + 1)))
+    opened = open_dataset(tmp_path)
+    assert opened.classes == ("1", "2", "3", "4")
+    assert opened.test.targets.tolist() == LABELS.tolist()
+    (root / "emnist-digits-train-images-idx3-ubyte").write_bytes(idx(IMAGES))
+    with pytest.raises(DataError, match=r"several datasets: .*emnist-digits"):
+        open_dataset(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -76,7 +93,7 @@ def test_damaged_idx_files_are_refused(tmp_path, name, content, message):
         ("a.tgz", "tar -xf "),
         ("A.ZIP", "unzip "),
         ("a.7z", "7z x"),
-        ("train-00000-of-00001.parquet", "read_parquet"),
+        ("data-00000-of-00001.arrow", "fromarray"),
         ("a.npz", "fromarray"),
         ("a.h5", "fromarray"),
         ("data.mdb", "fromarray"),

@@ -39,6 +39,12 @@ def make_tree(root, *folders, classes=("cat", "dog"), images=4):
         ("TrainingSet", "TestSet", "test"),
         ("Train Data", "Test Data", "test"),
         ("pets-train", "evaluation", "val"),
+        ("train", "validate", "val"),
+        ("train", "holdout", "val"),
+        ("Trn", "Tst", "test"),
+        ("training_set/training_set", "test_set/test_set", "test"),
+        ("train/train", "val/Validation", "val"),
+        ("train/images", "val/images", "val"),
     ],
 )
 def test_split_folders_in_any_spelling_are_recognized(tmp_path, train, evaluation, split):
@@ -86,6 +92,36 @@ def test_dataset_one_folder_deeper_is_refused_with_its_path(tmp_path):
 def test_class_names_with_split_words_stay_classes(tmp_path, classes):
     make_tree(tmp_path, ".", classes=classes)
     assert set(list_files(tmp_path, val_split=0.25).classes) == set(classes)
+
+
+def test_only_class_of_a_split_is_no_wrapper(tmp_path):
+    make_tree(tmp_path, "train", classes=("cat", "images"))
+    make_tree(tmp_path / "val" / "images", "day", "night", classes=(".",))
+    with pytest.raises(DataError, match="2 class"):
+        list_files(tmp_path)
+
+
+def test_unused_folders_are_named_where_evaluation_images_are_missing(tmp_path):
+    make_tree(tmp_path, "train", "Prueba")
+    with pytest.raises(DataError, match=r"no val/ or test/ images \(unused folders: Prueba/\)"):
+        list_files(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["images", "train"])
+def test_folder_without_classes_names_its_lists(tmp_path, folder):
+    (tmp_path / folder).mkdir()
+    for i in range(3):
+        (tmp_path / folder / f"{i}.png").write_bytes(BUFFER.getvalue())
+    for name in ("sample.csv", "train.csv"):
+        (tmp_path / name).write_text("path,label\n")
+    with pytest.raises(DataError, match=r"or pass a list of images \(sample.csv, train.csv\)"):
+        list_files(tmp_path, val_split=0.5)
+    if folder == "images":
+        (refused,) = check_dataset(tmp_path).problems["refused"]
+        assert "or pass a list of images" in refused
+    else:
+        with pytest.raises(DataError, match="or pass a list of images"):
+            check_dataset(tmp_path)
 
 
 def test_subfolders_of_classes_below_train_are_no_splits(tmp_path):

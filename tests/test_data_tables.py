@@ -247,3 +247,27 @@ def test_image_with_two_classes_is_refused(tmp_path, again):
     text = f"1.png,great\n2.png,great dane\n{again},great dane\n"
     with pytest.raises(DataError, match=r"two classes: 1.png as 'great' and 'great dane'"):
         flat(tmp_path, ["1.png", "2.png"], text)
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ("id,breed", r"unknown names of columns \(id, breed\)"),
+        ("image_id,cat,dog", r"no column of labels \(found image_id, cat, dog\)"),
+        ("file,a,b,c", r"a column of 0 and 1 for each class is not read"),
+    ],
+)
+def test_headings_without_labels_are_refused_by_name(tmp_path, images, head, message):
+    rows = [(os.path.basename(image), *"100"[: head.count(",")]) for image in images]
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, lines(rows, head=head))
+
+
+def test_list_of_missing_files_names_the_folder_that_holds_them(tmp_path, images):
+    rows = [(os.path.basename(image), label) for image, label in zip(images, LABELS, strict=True)]
+    with pytest.raises(
+        DataError, match=r"none of its 8 files exists, for example 0.png.* img/ hold"
+    ):
+        read(tmp_path, lines(rows))
+    with pytest.raises(DataError, match=r"none of its 8 files exists.* img/ holds it"):
+        read(tmp_path, lines([(os.path.splitext(row[0])[0], row[1]) for row in rows]))

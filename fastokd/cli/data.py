@@ -9,6 +9,7 @@ import tyro
 from fastokd.cli.options import make_table, print_table, progress_bar, say
 from fastokd.data.check import PROBLEMS, REMARKS, check_dataset
 from fastokd.data.convert import convert_dataset
+from fastokd.data.decoding import parse_color
 from fastokd.errors import ConfigError, DataError, summarize
 
 
@@ -75,7 +76,11 @@ def _print_report(report: Any) -> None:
 
 
 def convert(
-    data: tyro.conf.Positional[str], out: Path, shorter_side: int, workers: int | None = None
+    data: tyro.conf.Positional[str],
+    out: Path,
+    shorter_side: int,
+    workers: int | None = None,
+    background: str | None = None,
 ) -> None:
     """Write a dataset again, scaled down, as a tree of class folders. After an interruption, the
     same command continues.
@@ -83,9 +88,12 @@ def convert(
     Args:
         out: New folder
         shorter_side: Scale images down to this shorter side in pixels
+        background: Color behind transparent pixels, such as white or #ff8000 (default: drop the
+            transparency of images that are not copied)
     """
+    color = None if background is None else parse_color(background)
     with progress_bar("converting") as progress:
-        outcome = convert_dataset(data, out, shorter_side, workers, progress)
+        outcome = convert_dataset(data, out, shorter_side, workers, progress, color)
     existing = f"; {outcome.kept} were there already" if outcome.kept else ""
     say(
         f"wrote {outcome.written} images to {outcome.out}{existing}; train with --data"

@@ -32,8 +32,8 @@ def evaluate(
 
     Args:
         path: Run folder, or an exported student: a file of any format, or the folder that holds it
-        data: Dataset (default: that of the run). For an exported student a folder needs no train/,
-            and may consist of class folders
+        data: Dataset (default: that of the run). A folder needs no train/, and may consist of class
+            folders, all of whose images are then evaluated
         which: Checkpoint of the last or the best epoch; for runs only
         device: auto, cpu, cuda or cuda:N; ONNX always runs on the CPU
     """
@@ -41,7 +41,7 @@ def evaluate(
         _evaluate_export(path, data, split, device)
         return
     run = load_run(path, which, data, device, split)
-    images = run.dataset.evaluation if split is None else run.dataset.split(split)
+    images = run.images
     say(
         f"{path}: {which} checkpoint, {run.state['epoch']} epochs; {run.dataset.name},"
         f" {len(images)} {images.name} images"

@@ -161,6 +161,8 @@ def check_dataset(
     found: dict[str, list[str]] = defaultdict(list)
     if path is not None and os.path.isdir(path) and kind.list_split:
         root, images = path, _images_of_tree(path, found)
+        if not images:
+            list_tree(path)  # which tells what is there instead
     else:
         source = kind.files(path)
         root, images = source.train.root, images_of(source)
@@ -216,7 +218,7 @@ def _images_of_tree(root: Path, found: dict[str, list[str]]) -> list[Image]:
         try:
             list_tree(root)
         except DataError as error:
-            if "class(es)" not in str(error):  # reported as "one-sided class"
+            if "class(es) in " not in str(error):  # reported as "one-sided class"
                 found["refused"].append(str(error))
     return images
 

@@ -13,14 +13,20 @@ _UNPACK = {
     (".7z",): "7z x {file} -oFOLDER",
     (".rar",): "unrar x {file} FOLDER/",
     (".gz",): "gunzip --keep {file}",
-    (".parquet",): (
-        'python -c "import pathlib, pandas;'
-        " [(p := pathlib.Path('FOLDER', str(r.label), f'{{i}}.png')).parent.mkdir(parents=True,"
-        " exist_ok=True) or p.write_bytes(r.image['bytes']) for i, r in"
-        ' enumerate(pandas.read_parquet({file!r}).itertuples())]"'
-    ),
 }
-_ARRAYS = (".npz", ".npy", ".h5", ".hdf5", ".lmdb", ".mdb", ".mat", ".pkl", ".pickle", ".pt")
+_ARRAYS = (
+    ".npz",
+    ".npy",
+    ".h5",
+    ".hdf5",
+    ".lmdb",
+    ".mdb",
+    ".mat",
+    ".pkl",
+    ".pickle",
+    ".pt",
+    ".arrow",
+)
 _WRITE = (
     "write each image to FOLDER/CLASS/NUMBER.png, for example by"
     " PIL.Image.fromarray(pixels).save(path)"
@@ -32,8 +38,7 @@ def conversion(file: str | Path) -> str | None:
     name = str(file)
     for endings, command in _UNPACK.items():
         if name.lower().endswith(endings):
-            shown = name if "{file!r}" in command else shlex.quote(name)
-            return f"run: {command.format(file=shown)}; then pass FOLDER"
+            return f"run: {command.format(file=shlex.quote(name))}; then pass FOLDER"
     if name.lower().endswith(_ARRAYS):
         return f"{_WRITE}; then pass FOLDER"
     return None

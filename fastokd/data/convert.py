@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from fastokd.data.check import Image, images_of, run_in_processes
 from fastokd.data.dataset import invalid
+from fastokd.data.decoding import Color
 from fastokd.data.files import CONVERSION_FILE, read_bytes
 from fastokd.data.images import Progress, decode, reason_of
 from fastokd.data.registry import list_source
@@ -52,6 +53,7 @@ def convert_dataset(
     shorter_side: int,
     workers: int | None = None,
     progress: Progress | None = None,
+    background: Color | None = None,
 ) -> Outcome:
     """Scale a dataset's images down to a shorter side, antialiased.
 
@@ -64,6 +66,8 @@ def convert_dataset(
         shorter_side: pixels, 1 or more.
         workers: processes; one per usable core by default.
         progress: called with (images done, images in all).
+        background: the color behind transparent pixels; None drops the transparency of images that
+            are not copied.
 
     Raises:
         ConfigError: ``shorter_side`` is out of range, or ``out`` holds something else or images of
@@ -83,9 +87,10 @@ def convert_dataset(
         "quality": QUALITY,
         "images": len(images),
         "source": _fingerprint(images),
+        "background": None if background is None else list(background),
     }
     _claim(out, record, images)
-    write = functools.partial(_write_image, shorter_side=shorter_side)
+    write = functools.partial(_write_image, shorter_side=shorter_side, background=background)
     results = run_in_processes(write, _jobs(out, images), workers, progress)
     corrupt = {i: reason for i, (_, reason) in enumerate(results) if reason is not None}
     if corrupt:
@@ -172,13 +177,14 @@ def _jobs(out: Path, images: Sequence[Image]) -> list[_Job]:
     return jobs
 
 
-def _write_image(job: _Job, shorter_side: int) -> tuple[bool, str | None]:
+def _write_image(job: _Job, shorter_side: int, background: Color | None) -> tuple[bool, str | None]:
     """Write one image unless it is complete: whether it was written, and why it cannot be."""
     with contextlib.suppress(Exception):  # it is missing or incomplete
         if min(decode(job.target).size) <= shorter_side:
             return False, None
     try:
-        content = converted_bytes(job.image, _FORMATS[job.target.suffix.lower()], shorter_side)
+        file_format = _FORMATS[job.target.suffix.lower()]
+        content = converted_bytes(job.image, file_format, shorter_side, background)
     except Exception as error:  # a decoder may raise any exception for damaged bytes
         return False, reason_of(error)
     # Not synchronized to the disk: a file that a crash leaves incomplete is detected and rewritten.
@@ -186,7 +192,9 @@ def _write_image(job: _Job, shorter_side: int) -> tuple[bool, str | None]:
     return True, None
 
 
-def converted_bytes(image: Image, file_format: str, shorter_side: int) -> bytes:
+def converted_bytes(
+    image: Image, file_format: str, shorter_side: int, background: Color | None = None
+) -> bytes:
     """The bytes to write: the image's own where possible."""
     from PIL import Image as PIL
 
@@ -195,7 +203,9 @@ def converted_bytes(image: Image, file_format: str, shorter_side: int) -> bytes:
         is_small = min(original.size) <= shorter_side
         upright = original.getexif().get(0x0112, 1) == 1
         plain = original.format == file_format and original.mode in ("RGB", "L")
-    decoded = decode(io.BytesIO(content))  # also before a copy, to find damage now
+        if background is not None:
+            plain = plain and not original.has_transparency_data
+    decoded = decode(io.BytesIO(content), background)  # also before a copy, to find damage now
     if is_small and plain and upright:
         return content
     if not is_small:

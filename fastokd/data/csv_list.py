@@ -18,13 +18,13 @@ import torch
 
 from fastokd.data.dataset import DataSource, invalid
 from fastokd.data.files import FileSplit, cannot_read, from_splits
+from fastokd.data.folder import LISTS, is_folder
 from fastokd.data.images import EXTENSIONS
 from fastokd.data.kinds import DatasetKind
 from fastokd.data.split_names import SPLIT_OF, SPLITS
 from fastokd.data.text import decode_text, readable
 from fastokd.errors import DataError, escape, summarize
 
-SUFFIXES = (".csv", ".tsv")
 _NAMES = {
     "path": (
         "path file filename filepath filepaths image imagepath imagename imagefile img imgpath"
@@ -46,7 +46,7 @@ _MARKS = ",;\t|"
 
 
 def _detect(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and os.path.isfile(path)
+    return path.suffix.lower() in LISTS and os.path.isfile(path)
 
 
 def list_csv(path: Path) -> DataSource[FileSplit]:
@@ -115,6 +115,9 @@ def _read_entries(path: Path) -> list[tuple[str, str, str]]:
                 f"{where} lists {escape(file)} as {one}, an earlier line as {other}{by}"
             )
         entries.append((found, label, split))
+    if entries and not any(isinstance(identity, tuple) for identity in known):
+        missing = f"none of its {len(known)} files exists, for example {escape(entries[0][0])}"
+        raise invalid(path, f"{missing}; paths are relative to {find.place_of(entries[0][0])}")
     return entries
 
 
@@ -171,6 +174,14 @@ class Finder:
             found = os.path.join(folder, matches[0])
             return found, self._identity(found) or found
         return file, os.path.normpath(file)  # reported when it is decoded
+
+    def place_of(self, file: str) -> str:
+        """The folder of the list in words, and the subfolders that hold a missing file."""
+        name = os.path.basename(file).lower()
+        folders = [entry.name for entry in os.scandir(self.root) if is_folder(entry)]
+        holders = [f for f in sorted(folders) if self._names(os.path.join(self.root, f)).get(name)]
+        hint = f", and {summarize([f'{f}/' for f in holders])} holds it" if holders else ""
+        return f"{escape(self.root)}{hint}"
 
     def _identity(self, file: str) -> tuple[int, int] | None:
         try:
@@ -235,6 +246,10 @@ def _find_columns(path: Path, first_row: Sequence[str]) -> tuple[dict[str, int],
     }
     if min(named["path"], named["label"]) >= 0:
         return {column: i for column, i in named.items() if i >= 0}, 1
+    if named["path"] >= 0 and len(head) > 2:
+        found = f"no column of labels (found {summarize([cell.strip() for cell in first_row])})"
+        fix = "name it label; a column of 0 and 1 for each class is not read"
+        raise invalid(path, f"{found}; {fix}")
     if len(head) not in (2, 3):
         unnamed = f"{len(head)} columns without names"
         raise invalid(path, f"{unnamed}; {_FORM}, or name the columns in the first line")
@@ -248,7 +263,8 @@ def _check_heading(
     first, second = (row[column].strip() if len(row) > column else "" for _, row in rows[:2])
     root = find.root
     exists = [os.path.exists(os.path.join(root, find(name)[0])) for name in (first, second)]
-    if exists == [False, True] and not os.path.splitext(first)[1]:
+    is_name = not os.path.splitext(first)[1]
+    if is_name and (exists == [False, True] or _plain(first) in COLUMNS["path"]):
         names = summarize([cell.strip() for cell in rows[0][1]])
         fix = "name them path and label, or delete the line"
         raise invalid(path, f"the heading has unknown names of columns ({names}); {fix}")

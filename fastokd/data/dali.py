@@ -23,19 +23,18 @@ import torch
 from numpy.typing import NDArray
 
 from fastokd.data import dali_policies, stream
+from fastokd.data.dali_arithmetic import Node, central, cover, dali, has_gray_edge, integers, window
 from fastokd.data.dali_policies import DaliPolicy
 from fastokd.data.decoding import (
     EXTENSIONS,
     HEADER_BYTES,
     central_part,
-    decode,
     decodes_alike,
     is_plain_jpeg,
 )
 from fastokd.data.files import FileSplit, read_bytes, replacement_index
 from fastokd.data.images import reason_of, workers_per_process
 from fastokd.data.loader import LoaderKind
-from fastokd.data.random_crop import ATTEMPTS
 from fastokd.data.stream import Decoded, Framing, Request, StreamLoader
 from fastokd.errors import ConfigError, DataError, MissingExtra, first_line, summarize
 
@@ -47,9 +46,6 @@ RESIZERS = ("auto", "dali", "torch")
 _SUPPORTED = "bmp jfif jpe jpeg jpg mpo pgm png pnm ppm tif tiff webp"
 UNSUPPORTED = EXTENSIONS - {f".{name}" for name in _SUPPORTED.split()}
 """Extensions that other loaders can decode and DALI cannot."""
-
-Node = Any
-"""A ``DataNode`` of DALI, whose operators have no static types."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +178,7 @@ class DaliLoader(StreamLoader):
         self._in_flight: deque[Request] = deque()
         self._archives: dict[str, NDArray[np.uint8]] = {}
         self._by_pillow: dict[int, bool] = {}
+        self._complete: set[int] = set()
         self._rewritten = Rewritten()
 
     def _open_policy(self) -> DaliPolicy | None:
@@ -217,15 +214,18 @@ class DaliLoader(StreamLoader):
         try:
             while True:
                 try:
-                    images = self._run()
+                    images, gray = self._run()
                 except StopIteration:
                     break
                 except Exception as error:  # raised by DALI's threads; the pipeline is unusable
-                    self._pipeline = None
                     self._find_corrupt(error)
                     continue
                 request = self._in_flight.popleft()
                 self._rewritten.forget(request)
+                if corrupt := self._without_rows(request, gray):
+                    self._note_corrupt(corrupt)
+                    self._repeat([request, *self._in_flight])
+                    continue
                 ready.append(self._framed(images, request))
                 # torch scales a batch while the previous one is used.
                 if len(ready) > self._by_torch:
@@ -236,14 +236,37 @@ class DaliLoader(StreamLoader):
             self._requests = iter(())
             self._drain()
 
-    def _run(self) -> Any:
-        """The next batch of the pipeline."""
+    def _run(self) -> tuple[Any, Any]:
+        """The next batch of the pipeline: images, and whether they have a gray edge."""
         if self._pipeline is None:
             count = self.views * self.batch_size
             self._pipeline = self._build(count, self.options.prefetch, self._feed)
         on_gpu = self._device_id is not None
-        (images,) = self._pipeline.run(torch.cuda.current_stream(self.device) if on_gpu else None)
-        return images
+        stream = torch.cuda.current_stream(self.device) if on_gpu else None
+        images, gray = self._pipeline.run(stream)
+        return images, gray
+
+    def _without_rows(self, request: Request, gray: Any) -> dict[int, str]:
+        """The reason for each image of a batch with missing rows, by its index: DALI fills them
+        with gray. Images with a gray edge are decoded once more, by Pillow, which finds out.
+        """
+        corrupt = {}
+        for i in request.indices[np.flatnonzero(gray.as_array())].tolist():
+            if i not in self._complete:
+                try:
+                    self.split.decode(i)
+                except Exception as error:  # a decoder may raise any exception for damaged bytes
+                    corrupt[i] = reason_of(error)
+                else:
+                    self._complete.add(i)
+        return corrupt
+
+    def _repeat(self, pending: list[Request]) -> None:
+        """Decode these batches again, in a new pipeline."""
+        self._pipeline = None
+        self._in_flight.clear()
+        self._rewritten.clear()
+        self._requests = chain(pending, self._requests)
 
     def _framed(self, images: Any, request: Request) -> Callable[[], Decoded]:
         """A function that waits for the pipeline's batch in the requested size."""
@@ -329,7 +352,9 @@ class DaliLoader(StreamLoader):
                 head = read_bytes(
                     path, start, HEADER_BYTES if size < 0 else min(size, HEADER_BYTES)
                 )
-                alike = is_plain_jpeg(head) or decodes_alike(self.split.read(index))
+                alike = is_plain_jpeg(head) or decodes_alike(
+                    self.split.read(index), self.split.background
+                )
                 self._by_pillow[index] = not alike
             except OSError:  # DALI reports it
                 return False
@@ -337,7 +362,7 @@ class DaliLoader(StreamLoader):
 
     def _decode_on_host(self, index: int, framing: Framing) -> bytes:
         """An image, decoded by Pillow, in a format that DALI only copies."""
-        image = decode(BytesIO(self.split.read(index)))
+        image = self.split.decode(index)
         if not framing.random:
             image = image.crop(central_part(*image.size))
         content = BytesIO()
@@ -357,15 +382,13 @@ class DaliLoader(StreamLoader):
                 for another reason.
         """
         pending = list(self._in_flight)
-        self._in_flight.clear()
         known = sum(self._by_pillow.values())
         corrupt = next(filter(None, map(self._probe, pending)), None)
         if corrupt:
             self._note_corrupt(corrupt)
         elif sum(self._by_pillow.values()) == known:
             raise DataError(f"DALI failed on {self.split.where}: {dali_reason(error)}") from error
-        self._rewritten.clear()
-        self._requests = chain(pending, self._requests)
+        self._repeat(pending)
 
     def _without_corrupt(self, request: Request) -> Request:
         """The request with replacements for the images known to be corrupt."""
@@ -396,7 +419,7 @@ class DaliLoader(StreamLoader):
                 pipeline = None
                 waiting.clear()
                 try:
-                    decode(BytesIO(self.split.read(i)))
+                    self.split.decode(i)
                 except Exception as known:  # Pillow has the better reason, if it fails too
                     corrupt[i] = reason_of(known)
                 else:
@@ -413,13 +436,16 @@ class DaliLoader(StreamLoader):
         if (policy := self._policy) is None:
             pipeline = Pipeline(*sizes, **settings)
             with pipeline:
-                pipeline.set_outputs(self._define(source)[0])
+                images, gray, _ = self._define(source)
+                pipeline.set_outputs(images, gray)
         else:
             define, size = do_not_convert(self._define), self.framing.size
 
-            def graph() -> Node:  # DALI rewrites its conditions and those of functions it calls
-                images, drawn = define(source)
-                return policy.apply(images, drawn, size)
+            def graph() -> tuple[
+                Node, Node
+            ]:  # DALI rewrites its conditions and those of functions it calls
+                images, gray, drawn = define(source)
+                return policy.apply(images, drawn, size), gray
 
             settings |= {"batch_size": batch_size, "num_threads": self._threads}
             settings |= {"device_id": self._device_id, "enable_conditionals": True}
@@ -429,11 +455,11 @@ class DaliLoader(StreamLoader):
         pipeline.build()
         return pipeline
 
-    def _define(self, source: Any) -> tuple[Node, list[Node]]:
+    def _define(self, source: Any) -> tuple[Node, Node, list[Node]]:
         """The pipeline from the result of ``_inputs`` to uint8 images, HWC: of one size, or for
-        torch to scale; and the policy's inputs.
+        torch to scale; whether they have a gray edge; and the policy's inputs.
         """
-        fn, _, types = _dali()
+        fn, _, types = dali()
         crops = [types.FLOAT64] if self.framing.random else []
         draws = [types.INT32] * (0 if self._policy is None else 4 + bool(self.augment.pad))
         kinds = [types.UINT8, *crops, *draws]
@@ -446,18 +472,18 @@ class DaliLoader(StreamLoader):
             batch=True,
             no_copy=not in_files,
         )
-        images = self._decoded(inputs[0], inputs[1] if crops else None)
+        images, gray = self._decoded(inputs[0], inputs[1] if crops else None)
         if not draws:
-            return images, []
+            return images, gray, []
         operations, bins, signs, flipped, *corners = inputs[-len(draws) :]
         if corners:
             crop: dict[str, Any] = {"start": corners[0], "shape": list(self.framing.size)}
             images = fn.slice(images, **crop, axes=(0, 1), out_of_bounds_policy="pad")
-        return fn.flip(images, horizontal=flipped[0]), [operations, bins, signs]
+        return fn.flip(images, horizontal=flipped[0]), gray, [operations, bins, signs]
 
-    def _decoded(self, encoded: Node, candidates: Node | None) -> Node:
-        """Images cropped and scaled from files or their names."""
-        fn, _, types = _dali()
+    def _decoded(self, encoded: Node, candidates: Node | None) -> tuple[Node, Node]:
+        """Images cropped and scaled from files or their names, and whether an edge is gray."""
+        fn, _, types = dali()
         framing, options = self.framing, self.options
         if self.split.members is None:
             encoded = fn.io.file.read(encoded, dont_use_mmap=not options.mmap)
@@ -473,25 +499,30 @@ class DaliLoader(StreamLoader):
                 "preallocate_width_hint": options.width_hint,
                 "preallocate_height_hint": options.height_hint,
             }
-        if self._by_torch and not framing.random:
-            return fn.decoders.image(encoded, **how)
         shape = fn.peek_image_shape(encoded, dtype=types.FLOAT64)
         height, width = shape[0], shape[1]
         if framing.random:
             ratio = framing.augment.crop_ratio
-            top, left, height, width = _window(candidates, height, width, ratio)
-            start, extent = _integers(top, left), _integers(height, width)
-            pixels = fn.decoders.image_slice(encoded, start=start, shape=extent, axes=(0, 1), **how)
-            return pixels if self._by_torch else self._resize(pixels, framing.size)
-        rows, columns = _cover(height, width, framing.cover_size)
+            top, left, height, width = window(candidates, height, width, ratio)
+            box = {"start": integers(top, left), "shape": integers(height, width)}
+            pixels = fn.decoders.image_slice(encoded, **box, axes=(0, 1), **how)
+        else:
+            pixels = fn.decoders.image(encoded, **how)
+        gray = has_gray_edge(pixels)
+        gray = gray.cpu() if self._mixed else gray
+        if self._by_torch:
+            return pixels, gray
+        if framing.random:
+            return self._resize(pixels, framing.size), gray
+        rows, columns = cover(height, width, framing.cover_size)
         size = fn.cast(fn.stack(rows, columns), dtype=types.FLOAT)
-        pixels = self._resize(fn.decoders.image(encoded, **how), size)
-        start = _integers(_central(rows, framing.size[0]), _central(columns, framing.size[1]))
-        return fn.slice(pixels, start=start, shape=list(framing.size), axes=(0, 1))
+        pixels = self._resize(pixels, size)
+        start = integers(central(rows, framing.size[0]), central(columns, framing.size[1]))
+        return fn.slice(pixels, start=start, shape=list(framing.size), axes=(0, 1)), gray
 
     def _resize(self, pixels: Node, size: Any) -> Node:
         """Scaled on the step's device with an antialiased triangle filter, as by other loaders."""
-        fn, _, types = _dali()
+        fn, _, types = dali()
         if not self._mixed and self._device_id is not None:
             pixels = pixels.gpu()
         return fn.resize(pixels, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
@@ -520,72 +551,6 @@ def dali_reason(error: Exception) -> str:
     _, _, after = str(error).partition("encountered:\n")
     reasons = [line.strip() for line in after.splitlines() if line.strip()]
     return reason_of(RuntimeError(reasons[0] if reasons else first_line(error)))[:160]
-
-
-def _dali() -> tuple[Any, Any, Any]:
-    """``fn``, ``math`` and ``types`` of DALI, whose contents are generated at import."""
-    from nvidia.dali import fn, math, types
-
-    return fn, math, types
-
-
-def _integers(*values: Node) -> Node:
-    fn, _, types = _dali()
-    return fn.cast(fn.stack(*values), dtype=types.INT32)
-
-
-def _window(
-    candidates: Node, height: Node, width: Node, ratio: tuple[float, float]
-) -> tuple[Node, Node, Node, Node]:
-    """``random_crop.window`` in DALI's arithmetic: top, left, height and width as floats."""
-    fn, math, types = _dali()
-
-    def single(values: Node) -> Node:  # integers, and reductions do not take doubles
-        return fn.cast(values, dtype=types.FLOAT)
-
-    areas, ratios = candidates[:ATTEMPTS] * (height * width), candidates[ATTEMPTS : 2 * ATTEMPTS]
-    widths = math.floor(math.sqrt(areas * ratios) + 0.5)
-    heights = math.floor(math.sqrt(areas / ratios) + 0.5)
-    fits = single((widths >= 1.0) & (heights >= 1.0) & (widths <= width) & (heights <= height))
-    attempts = types.Constant(np.arange(ATTEMPTS, dtype=np.float32))
-    first = fn.reductions.min(attempts + ATTEMPTS * (1.0 - fits))
-    chosen = single(attempts == first)
-    found = single(first < float(ATTEMPTS))
-    missing = 1.0 - found
-    largest_h = math.max(1.0, single(math.floor(math.min(height, width / ratio[0] + 0.5))))
-    largest_w = math.max(1.0, single(math.floor(math.min(width, height * ratio[1] + 0.5))))
-    h = fn.reductions.sum(chosen * single(heights)) * found + largest_h * missing
-    w = fn.reductions.sum(chosen * single(widths)) * found + largest_w * missing
-    top, left = (
-        math.floor(position * (outer - inner + 1.0)) * found
-        + math.floor((outer - inner) / 2.0) * missing
-        for position, outer, inner in (
-            (candidates[2 * ATTEMPTS], height, h),
-            (candidates[2 * ATTEMPTS + 1], width, w),
-        )
-    )
-    return top, left, h, w
-
-
-def _cover(height: Node, width: Node, size: tuple[int, int]) -> tuple[Node, Node]:
-    """``random_crop.cover`` in DALI's arithmetic."""
-    _, math, _ = _dali()
-    by_height = size[0] * width >= size[1] * height
-    by_width = 1.0 - by_height
-    rows = math.max(float(size[0]), math.floor(size[1] * height / width))
-    columns = math.max(float(size[1]), math.floor(size[0] * width / height))
-    return (
-        by_height * float(size[0]) + by_width * rows,
-        by_height * columns + by_width * float(size[1]),
-    )
-
-
-def _central(outer: Node, inner: int) -> Node:
-    """``random_crop.central`` in DALI's arithmetic: half of the difference, rounded to even."""
-    _, math, _ = _dali()
-    spare = outer - float(inner)
-    half = math.floor(spare / 2.0)
-    return half + (spare - 2.0 * half) * (half - 2.0 * math.floor(half / 2.0))
 
 
 LOADER = LoaderKind(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastokd.data.augment import Augment
+from fastokd.data.decoding import Color
 from fastokd.errors import ConfigError, DataError, escape, summarize
 
 _CHUNK = 8192  # images at a time where a whole split would need a second copy of itself
@@ -85,6 +86,10 @@ class Split:
         return Split(name or self.name, pixels, self.targets.index_select(0, index), files, sums)
 
 
+def _distinct(*splits: S | None) -> tuple[S, ...]:
+    return tuple({id(split): split for split in splits if split is not None}.values())
+
+
 @dataclass(frozen=True, eq=False)
 class DataSource(Generic[S]):
     """A dataset as its kind lists or reads it, independent of the settings of a run.
@@ -103,6 +108,8 @@ class DataSource(Generic[S]):
         skipped: the files in that folder that are not images, and its unused folders, with "/".
         replaced_files: number of corrupt training images replaced by others of their class.
         fingerprint: of the decoded images, if known.
+        background: the color behind transparent pixels, red, green and blue from 0 to 255; None
+            drops the transparency.
 
     Raises:
         DataError: fewer than two classes, a class without training images, an empty split, or a
@@ -121,6 +128,7 @@ class DataSource(Generic[S]):
     skipped: tuple[str, ...] = ()
     replaced_files: int = 0
     fingerprint: str | None = None
+    background: Color | None = None
 
     def __post_init__(self) -> None:
         name, count = self.name, len(self.classes)
@@ -147,8 +155,8 @@ class DataSource(Generic[S]):
 
     @property
     def splits(self) -> tuple[S, ...]:
-        """All splits, in the order train, test, val."""
-        return tuple(split for split in (self.train, self.test, self.val) if split is not None)
+        """All splits, in the order train, test, val; one that serves as several once."""
+        return _distinct(self.train, self.test, self.val)
 
     def hold_out(self, val_split: float, seed: int) -> tuple[S, S, S | None]:
         """The splits (train, test, val) after holding out ``val_split`` of every class of the
@@ -163,8 +171,11 @@ class DataSource(Generic[S]):
             raise ConfigError(f"val_split={val_split}: must be a fraction in [0, 1)")
         if not val_split:
             if self.test is None:
-                problem = "no val/ or test/ images; hold some training images out with --val-split"
-                raise invalid(self.root or self.name, problem)
+                folders = [name for name in self.skipped if name.endswith("/")]
+                beside = f" (unused folders: {summarize(folders)})" if folders else ""
+                problem = f"no val/ or test/ images{beside}"
+                fix = "hold some training images out with --val-split"
+                raise invalid(self.root or self.name, f"{problem}; {fix}")
             return self.train, self.test, self.val
         if self.val is not None:
             raise invalid(self.name, "already has a validation split; leave --val-split at 0")
@@ -187,6 +198,7 @@ class SplitSet(Generic[S]):
     root: Path | None = None
     skipped: tuple[str, ...] = ()
     replaced_files: int = 0
+    background: Color | None = None
 
     if TYPE_CHECKING:  # subclasses have them as fields or as properties
 
@@ -211,8 +223,8 @@ class SplitSet(Generic[S]):
 
     @property
     def splits(self) -> tuple[S, ...]:
-        """All splits, in the order train, val, test."""
-        return tuple(split for split in (self.train, self.val, self.test) if split is not None)
+        """All splits, in the order train, val, test; one that serves as several once."""
+        return _distinct(self.train, self.val, self.test)
 
     @property
     def evaluation(self) -> S:
@@ -305,6 +317,7 @@ def prepare(
         root=source.root,
         skipped=source.skipped,
         replaced_files=source.replaced_files,
+        background=source.background,
     )
 
 

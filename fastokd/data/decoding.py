@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fastokd.errors import ConfigError, escape
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -25,6 +27,9 @@ _NAMES = (
 EXTENSIONS = frozenset(f".{name}" for name in _NAMES.split())
 """Extensions, in lower case, of the formats that ``decode`` reads."""
 
+Color = tuple[int, int, int]
+"""Red, green and blue from 0 to 255."""
+
 JPEG = b"\xff\xd8\xff"
 PNG = b"\x89PNG\r\n\x1a\n"
 MOST_ELONGATED = 64
@@ -32,17 +37,41 @@ MOST_ELONGATED = 64
 
 _ORIENTATION = 0x0112
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_WITH_ALPHA = (4, 6)
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))  # fmt: skip # noqa: E501
 _COLOR_DEPENDENT = frozenset({b"acTL", b"eXIf", b"iTXt", b"tRNS", b"zTXt"})
 """PNG chunks about orientation, transparency and animation, which decoders treat differently."""
 
 
-def decode(source: str | Path | BytesIO) -> "Image.Image":
+def parse_color(text: str) -> Color:
+    """The color that a name such as ``white`` or a number such as ``#ff8000`` stands for.
+
+    Raises:
+        ConfigError: it is not a color, or a transparent one.
+    """
+    from PIL import ImageColor
+
+    try:
+        red, green, blue, alpha = (*ImageColor.getrgb(text), 255)[:4]
+        if alpha < 255:
+            raise ValueError
+    except ValueError:
+        fix = "pass a name such as white, or #rrggbb"
+        raise ConfigError(f"background={escape(text)}: not an opaque color; {fix}") from None
+    return red, green, blue
+
+
+def decode(source: str | Path | BytesIO, background: Color | None = None) -> "Image.Image":
     """Decode an image file or its bytes, of any format, into an upright 8-bit RGB image.
 
-    Grayscale, palette and CMYK images are converted; transparency is dropped; grayscale of 9 to 16
-    bits keeps its 8 high bits, as Pillow does for 16-bit color; the orientation in EXIF or XMP is
-    applied; the first frame of an animation is used.
+    Grayscale, palette and CMYK images are converted; grayscale of 9 to 16 bits keeps its 8 high
+    bits, as Pillow does for 16-bit color; the orientation in EXIF or XMP is applied; the first
+    frame of an animation is used.
+
+    Args:
+        source: the file, or its bytes.
+        background: the color behind transparent pixels; None drops the transparency, so that they
+            have whatever color the file gives them.
 
     Raises:
         Exception: any exception of Pillow, for a file that is missing, truncated, not an image, or
@@ -66,15 +95,20 @@ def decode(source: str | Path | BytesIO) -> "Image.Image":
         }.get(_orientation(file))
         if turn is not None:
             image = image.transpose(turn)
-        return to_rgb(image, file.format, getattr(file, "tag_v2", None))
+        return to_rgb(image, background, file.format, getattr(file, "tag_v2", None))
 
 
 def to_rgb(
-    image: "Image.Image", format: str | None = None, tags: Mapping[int, Any] | None = None
+    image: "Image.Image",
+    background: Color | None = None,
+    format: str | None = None,
+    tags: Mapping[int, Any] | None = None,
 ) -> "Image.Image":
     """Convert an image of any mode to 8-bit RGB, see ``decode``; ``format`` and the TIFF ``tags``
     are those of its file.
     """
+    if background is not None and image.has_transparency_data:
+        return _composed(image, background)
     # Pillow clips 16-bit grayscale at 255 when it converts to RGB, and knows no range for 32-bit
     # integers and floats.
     if image.mode.startswith("I;16") or (image.mode == "I" and format in ("PNG", "PPM")):
@@ -86,6 +120,21 @@ def to_rgb(
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _composed(image: "Image.Image", background: Color) -> "Image.Image":
+    """An image with transparency on a background."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):  # 16 bits, of which one level is transparent
+        levels, level = np.asarray(image), image.info["transparency"]
+        opaque = Image.fromarray(np.where(levels == level, 0, 255).astype(np.uint8))
+        image = _high_byte(image, {}).convert("RGB")
+        image.putalpha(opaque)
+    elif image.mode == "La":
+        image = image.convert("LA")
+    canvas = Image.new("RGBA", image.size, (*background, 255))
+    return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
 
 
 def _orientation(file: "Image.Image") -> int:
@@ -203,13 +252,13 @@ def is_plain_jpeg(head: bytes) -> bool:
     return size is not None and not is_elongated(*size)
 
 
-def decodes_alike(content: bytes) -> bool:
+def decodes_alike(content: bytes, background: Color | None = None) -> bool:
     """True if every decoder gives an image file the pixels of ``decode``, up to rounding: 8-bit
     JPEG, PNG and WebP files without properties that decoders treat differently.
     """
     try:
         if content.startswith(PNG):
-            return _plain_png(content)
+            return _plain_png(content, background is None)
         if is_plain_jpeg(content):
             return True
         from PIL import Image
@@ -228,11 +277,16 @@ def decodes_alike(content: bytes) -> bool:
         return False
 
 
-def _plain_png(content: bytes) -> bool:
+def _plain_png(content: bytes, takes_alpha: bool) -> bool:
     chunks = list(_png_chunks(content))
     header = _Header(*struct.unpack(">IIBBBBB", chunks[0][1]))
     text = any(name == b"tEXt" and data.startswith(b"Raw profile") for name, data in chunks)
-    plain = header.bits == 8 and _COLOR_DEPENDENT.isdisjoint(name for name, _ in chunks)
+    transparent = header.color in _WITH_ALPHA and not takes_alpha
+    plain = (
+        header.bits == 8
+        and not transparent
+        and _COLOR_DEPENDENT.isdisjoint(name for name, _ in chunks)
+    )
     return plain and not text and not is_elongated(header.width, header.height)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,9 +24,13 @@ from fastokd.data import dataset
 from fastokd.data.augment import Augment
 from fastokd.data.cache import Cache, Entry
 from fastokd.data.dataset import DataSource, Split, SplitSet, invalid
+from fastokd.data.decoding import Color, decode
 from fastokd.data.images import Progress, corrupt_files_error, try_decode_all
 from fastokd.data.text import check_class_names, decode_text, readable
 from fastokd.errors import ConfigError, DataError, did_you_mean, escape, summarize
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -75,6 +80,7 @@ class FileSplit:
         files: the N names; "archive/member" for an image in an archive.
         targets: int64 [N], class numbers.
         members: positions in archives; None if every image is a separate file.
+        background: the color behind transparent pixels, see ``decode``.
     """
 
     name: str
@@ -82,6 +88,7 @@ class FileSplit:
     files: tuple[str, ...]
     targets: Tensor
     members: Members | None = None
+    background: Color | None = None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -118,6 +125,14 @@ class FileSplit:
         """
         return read_bytes(*self.location(index))
 
+    def decode(self, index: int) -> "Image.Image":
+        """An image in upright 8-bit RGB.
+
+        Raises:
+            Exception: as ``fastokd.data.decoding.decode``.
+        """
+        return decode(BytesIO(self.read(index)), self.background)
+
     def select(self, index: Tensor, name: str | None = None) -> "FileSplit":
         """The files of ``index``, int64 [K], optionally under another name."""
         members = self.members
@@ -126,7 +141,7 @@ class FileSplit:
             members = Members(members.shards, *(part.index_select(0, index) for part in columns))
         files = tuple(self.files[i] for i in index.tolist())
         targets = self.targets.index_select(0, index)
-        return FileSplit(name or self.name, self.root, files, targets, members)
+        return replace(self, name=name or self.name, files=files, targets=targets, members=members)
 
 
 def read_bytes(path: str, offset: int, size: int) -> bytes:
@@ -177,6 +192,18 @@ def from_splits(
     check_class_names(classes, root)
     classes, skipped = tuple(classes), tuple(skipped)
     return DataSource(name, classes, train, test, val, root=root, skipped=skipped)
+
+
+def with_background(
+    source: DataSource[FileSplit], background: Color | None
+) -> DataSource[FileSplit]:
+    """The dataset with a color behind transparent pixels."""
+    if background is None:
+        return source
+    parts = {id(split): replace(split, background=background) for split in source.splits}
+    test, val = (None if part is None else parts[id(part)] for part in (source.test, source.val))
+    train = parts[id(source.train)]
+    return replace(source, train=train, test=test, val=val, background=background)
 
 
 def cannot_read(path: Path | str, error: OSError) -> DataError:
@@ -244,7 +271,9 @@ def decode_files(
         for s in splits
     ]
     paths = list(dict.fromkeys(split.path(i) for split, i in positions))
-    where = (source.train.root.absolute(), image_size, *(split.name for split in splits))
+    background = source.background
+    where: list[object] = [source.train.root.absolute(), image_size]
+    where += [split.name for split in splits] + ([] if background is None else [background])
     cache = Cache(where, [source.classes, listed], paths)
     entry = cache.find()
     if entry is not None:
@@ -256,7 +285,9 @@ def decode_files(
         return split.read(i)
 
     started = time.monotonic()
-    images, corrupt = try_decode_all(source.train.root, names, read, image_size, workers, progress)
+    images, corrupt = try_decode_all(
+        source.train.root, names, read, image_size, workers, progress, background
+    )
     if corrupt:
         _replace_corrupt(source, images, corrupt, names, bad_images)
     sums = dataset.image_sums(images)

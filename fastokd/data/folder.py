@@ -4,6 +4,7 @@ below ``train/``, ``val/`` and ``test/``.
 If ``val/`` or ``test/`` is flat, as for ImageNet and Tiny-ImageNet, a label file has the classes.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
@@ -19,12 +20,14 @@ from fastokd.data.files import FileSplit, cannot_read, check_finished, from_spli
 from fastokd.data.images import EXTENSIONS
 from fastokd.data.kinds import DatasetKind
 from fastokd.data.label_list import NAMES, find_label_file, read_label_file
-from fastokd.data.split_names import SplitFolders, find_split_folders
+from fastokd.data.split_names import SplitFolders, find_split_folders, is_wrapper
 from fastokd.errors import ConfigError, DataError, escape, summarize
 
 LAYOUT = "train/<class>/ and val/<class>/ or test/<class>/"
 SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"})
 """Folders that operating systems and archives add."""
+
+LISTS = (".csv", ".tsv")
 
 _ARRANGE = f"arrange the images as {LAYOUT}"
 
@@ -196,7 +199,7 @@ def _one_folder(root: Path) -> DataSource[FileSplit]:
         present = f"{count} images" if count else "no folders"
         if found := describe_containers(root, [entry.name for entry in entries(root)]):
             raise invalid(root, f"no train/; {found}")
-        fix = f"{_ARRANGE}, or as <class>/ to use with --val-split"
+        fix = f"{_ARRANGE}, or as <class>/ to use with --val-split{_lists(root)}"
         raise invalid(root, f"no train/ (found {present}); {fix}")
     check_finished(root)
     _check_depth(root, folders)
@@ -210,6 +213,9 @@ def _one_folder(root: Path) -> DataSource[FileSplit]:
             root, f"no train/ (found {present}), and no images in them{files}; {_ARRANGE}"
         )
     listing.raise_first(root)
+    if len(listing.classes) == 1 and (lists := _lists(root)):
+        only = f"one folder, {listing.classes[0]}/, which would be the only class"
+        raise invalid(root, f"{only}; {_ARRANGE}{lists}")
     return listing.as_source(root, "train")
 
 
@@ -261,7 +267,8 @@ def _walk_split(
     if not listing.classes:
         images = sum(is_image(entry.name) for entry in present)
         content = f"{images} images and no class folders" if images else "empty"
-        problem = f"{content}; put the images of each class into a folder named after it"
+        fix = "put the images of each class into a folder named after it"
+        problem = f"{content}; {fix}{_lists(root)}"
         listing.note("no labels", f"{folder} ({content})", invalid(root / folder, problem))
     for name in listing.classes:
         try:
@@ -331,7 +338,29 @@ def split_folders(root: Path) -> SplitFolders:
         names = [entry.name for entry in entries(root) if is_folder(entry)]
     except DataError:  # reported when the folder is listed
         names = []
-    return find_split_folders(root, names)
+    found = find_split_folders(root, names)
+    inner = {split: _unwrapped(root, split, name) for split, name in found.folders.items()}
+    return found._replace(folders=inner)
+
+
+def _unwrapped(root: Path, split: str, name: str) -> str:
+    """The folder of a split's classes: further down if it holds but one folder, of its own kind."""
+    with contextlib.suppress(DataError):  # reported when the folder is listed
+        while len(below := entries(root / name)) == 1 and is_wrapper(below[0].name, split):
+            inside = entries(below[0].path) if is_folder(below[0]) else []
+            if not any(map(is_folder, inside)):  # images without class folders
+                break
+            name = os.path.join(name, below[0].name)
+    return name
+
+
+def _lists(root: Path) -> str:
+    """The lists of images in a folder, as the end of a message about it."""
+    with contextlib.suppress(DataError):
+        names = [entry.name for entry in entries(root) if entry.name.lower().endswith(LISTS)]
+        if names:
+            return f", or pass a list of images ({summarize(names)})"
+    return ""
 
 
 def flat_images(folder: Path, classes: Sequence[str]) -> list[str] | None:

@@ -1,11 +1,13 @@
-"""IDX files as of MNIST, Fashion-MNIST and KMNIST, plain or compressed by gzip."""
+"""IDX files as of MNIST, Fashion-MNIST, KMNIST and EMNIST, plain or compressed by gzip."""
 
 import gzip
 import math
 import os
+import re
 import struct
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,24 +17,46 @@ from fastokd.data.dataset import DataSource, Split, invalid
 from fastokd.data.files import cannot_read
 from fastokd.data.images import resize_all
 from fastokd.data.kinds import DatasetKind, ReadOptions
+from fastokd.errors import summarize
 
-PARTS = {"train": "train", "test": "t10k"}
 _BYTES = 8  # the code of unsigned bytes in the header
+_DIMENSIONS = {"images": 3, "labels": 1}
+_NAME = re.compile(r"(.*?)[-_.]?(images|labels)[-.]idx[13]-ubyte(\.gz)?")
+_SPLITS = {"train": "train", "t10k": "test", "test": "test"}
+_INNER = "raw"
+"""The folder in which torchvision keeps the files."""
 
 
-def _find(path: Path, part: str, content: str) -> Path | None:
-    """The file of a part's "images" or "labels", whose names have a dash or a dot before "idx"."""
-    dimensions = {"images": 3, "labels": 1}[content]
-    names = (
-        f"{part}-{content}{mark}idx{dimensions}-ubyte{ending}"
-        for mark in "-."
-        for ending in ("", ".gz")
-    )
-    return next((path / name for name in names if os.path.isfile(path / name)), None)
+class _Part(NamedTuple):
+    """What the name of a file tells: its dataset ("" for MNIST's names), its split and content."""
+
+    dataset: str
+    split: str
+    content: str
+
+
+def _find(path: Path) -> dict[_Part, str]:
+    """The IDX files of a folder by what they hold, unpacked ones before compressed ones."""
+    found: dict[_Part, str] = {}
+    try:
+        names = sorted(os.listdir(path))
+    except OSError:  # reported when the folder is read
+        return found
+    for name in names:
+        match = _NAME.fullmatch(name)
+        *words, last = re.split("[-_.]", match[1]) if match else ("",)
+        if match and last in _SPLITS and os.path.isfile(path / name):
+            found.setdefault(_Part("-".join(words), _SPLITS[last], match[2]), name)
+    return found
+
+
+def _folder(path: Path) -> Path:
+    """The folder of the files: the given one, or ``raw`` in it."""
+    return path / _INNER if not _find(path) and _find(path / _INNER) else path
 
 
 def _detect(path: Path) -> bool:
-    return _find(path, PARTS["train"], "images") is not None
+    return any(part[1:] == ("train", "images") for part in _find(_folder(path)))
 
 
 def read(path: Path, options: ReadOptions) -> DataSource[Split]:
@@ -41,28 +65,37 @@ def read(path: Path, options: ReadOptions) -> DataSource[Split]:
     Raises:
         DataError: a missing or damaged file.
     """
-    images: dict[str, Tensor] = {}
-    labels: dict[str, Tensor] = {}
-    for split, part in PARTS.items():
-        for content, arrays, dimensions in (("images", images, 3), ("labels", labels, 1)):
-            file = _find(path, part, content)
+    folder = _folder(path)
+    files = _find(folder)
+    datasets = sorted({part.dataset for part in files})
+    if len(datasets) > 1:
+        several = f"files of several datasets: {summarize(datasets)}"
+        raise invalid(folder, f"{several}; move those of one into a folder")
+    arrays: dict[tuple[str, str], Tensor] = {}
+    for split in ("train", "test"):
+        for content, dimensions in _DIMENSIONS.items():
+            file = files.get(_Part("".join(datasets), split, content))
             if file is None:
-                name = f"{part}-{content}-idx{dimensions}-ubyte"
-                raise invalid(path, f"missing {name} (nothing is downloaded)")
-            arrays[split] = _read_array(file, dimensions)
-        if len(images[split]) != len(labels[split]):
-            counts = f"{len(images[split])} images and {len(labels[split])} labels"
-            raise invalid(path, f"{counts} in the part {part}; download the files again")
-    count = 1 + max(int(each.max()) for each in labels.values() if len(each))
+                name = f"{'t10k' if split == 'test' else split}-{content}-idx{dimensions}-ubyte"
+                raise invalid(folder, f"missing {name} (nothing is downloaded)")
+            arrays[split, content] = _read_array(folder / file, dimensions)
+        counts = [len(arrays[split, content]) for content in _DIMENSIONS]
+        if counts[0] != counts[1]:
+            problem = f"{counts[0]} images and {counts[1]} labels in the {split} files"
+            raise invalid(folder, f"{problem}; download them again")
+    # The letters of EMNIST have the labels 1 to 26.
+    numbers = torch.cat([arrays[split, "labels"] for split in ("train", "test")]).unique()
     train, test = (
         Split(
             split,
-            resize_all(images[split][:, None].expand(-1, 3, -1, -1), options.image_size, path),
-            labels[split].long(),
+            resize_all(
+                arrays[split, "images"][:, None].expand(-1, 3, -1, -1), options.image_size, folder
+            ),
+            torch.searchsorted(numbers, arrays[split, "labels"]),
         )
-        for split in PARTS
+        for split in ("train", "test")
     )
-    names = tuple(map(str, range(count)))
+    names = tuple(str(number) for number in numbers.tolist())
     return DataSource(path.resolve().name, names, train, test, root=path.resolve())
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastokd.data.dataset import invalid
 from fastokd.data.decoding import EXTENSIONS as EXTENSIONS
-from fastokd.data.decoding import central_part
+from fastokd.data.decoding import Color, central_part
 from fastokd.data.decoding import decode as decode
 from fastokd.errors import ConfigError, DataError, escape, summarize
 from fastokd.storage import available_memory
@@ -114,6 +114,7 @@ def try_decode_all(
     image_size: int | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
+    background: Color | None = None,
 ) -> tuple[Tensor, dict[int, str]]:
     """Decode files in a thread pool into one tensor, skipping files that cannot be decoded.
 
@@ -125,6 +126,7 @@ def try_decode_all(
             of them must share.
         workers: decoding threads; one per usable core by default.
         progress: called in this thread with (files done, files in all).
+        background: the color behind transparent pixels, see ``decode``.
 
     Returns:
         The images uint8 [N, 3, H, W], channels last in memory, with undefined pixels for corrupt
@@ -148,7 +150,7 @@ def try_decode_all(
         unreadable = {}
         for i in range(start, min(start + _CHUNK, len(files))):
             try:
-                image = decode(BytesIO(read(i)))
+                image = decode(BytesIO(read(i)), background)
             except Exception as error:  # a decoder may raise any exception for damaged bytes
                 unreadable[i] = reason_of(error)
                 continue

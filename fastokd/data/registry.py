@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,8 @@ from fastokd.data import files
 from fastokd.data.augment import Augment
 from fastokd.data.containers import conversion
 from fastokd.data.dataset import Dataset, DataSource, Split, invalid, normalized_by, prepare
-from fastokd.data.files import FileDataset, FileSplit, decode_files
+from fastokd.data.decoding import Color
+from fastokd.data.files import FileDataset, FileSplit, decode_files, with_background
 from fastokd.data.images import Progress, check_image_size
 from fastokd.data.kinds import DatasetKind, ReadOptions
 from fastokd.errors import ConfigError, DataError, did_you_mean, escape
@@ -26,6 +28,7 @@ _datasets: Registry[DatasetKind] = Registry(
         "cinic10": "fastokd.data.cinic10:CINIC10",
         "svhn": "fastokd.data.svhn:SVHN",
         "idx": "fastokd.data.idx:IDX",
+        "parquet": "fastokd.data.parquet:PARQUET",
         "csv": "fastokd.data.csv_list:CSV",
         "webdataset": "fastokd.data.webdataset:WEBDATASET",
         "folder": "fastokd.data.folder:FOLDER",
@@ -78,6 +81,7 @@ def open_dataset(
     workers: int | None = None,
     progress: Progress | None = None,
     bad_images: str = "fail",
+    background: Color | None = None,
 ) -> Dataset:
     """Open a dataset, check it, and decode it into memory. Nothing is ever downloaded.
 
@@ -94,6 +98,8 @@ def open_dataset(
         workers: decoding threads; None for one per usable CPU core.
         progress: called with (files done, files in all) while files are decoded.
         bad_images: "fail" or "replace", see ``decode_files``.
+        background: the color behind transparent pixels of image files, red, green and blue from 0
+            to 255; None drops the transparency.
 
     Raises:
         ConfigError: a setting out of range, or an unknown kind.
@@ -102,11 +108,12 @@ def open_dataset(
     check_image_size(image_size)
     decoding = (image_size, workers, progress)
     if isinstance(spec, DataSource):
-        source = decode_files(spec, *decoding, bad_images)
+        source = decode_files(with_background(spec, background), *decoding, bad_images)
     else:
         kind, path = resolve(spec)
         if kind.files is not None:
-            source = decode_files(kind.files(path), *decoding, bad_images)
+            listed = with_background(kind.files(path), background)
+            source = decode_files(listed, *decoding, bad_images)
         else:
             assert kind.read is not None, "a kind has read or files"
             source = kind.read(path, ReadOptions(*decoding))
@@ -122,12 +129,13 @@ def list_files(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     augment: Augment | None = None,
+    background: Color | None = None,
 ) -> FileDataset:
     """Open a dataset made of image files and check its structure, without decoding.
 
     Args:
-        spec, val_split, seed, augment: as for ``open_dataset``, with the same labels and held-out
-            images.
+        spec, val_split, seed, augment, background: as for ``open_dataset``, with the same labels
+            and held-out images.
         image_size: side of the square that loaders return. Default: the images' size if a sample of
             them has one size of at most 128, else 224.
         mean, std: normalization per channel, as fractions of 255; the default is the dataset's
@@ -138,6 +146,7 @@ def list_files(
         DataError: invalid data, or data that is not made of image files.
     """
     source = spec if isinstance(spec, DataSource) else list_source(spec)
+    source = with_background(source, background)
     check_image_size(image_size)
     source = normalized_by(source, mean, std)
     train, test, val = source.hold_out(val_split, seed)
@@ -154,6 +163,7 @@ def list_files(
         image_size=size,
         root=source.root,
         skipped=source.skipped,
+        background=source.background,
     )
 
 
@@ -165,6 +175,26 @@ class EvaluationSet(NamedTuple):
     images: Split | FileSplit
 
 
+def list_evaluation(spec: str | Path, split: str | None) -> DataSource[FileSplit] | None:
+    """List the images to evaluate a trained network on as the only split of their source: one split
+    of a folder, which need not have ``train/``, or all images of a folder or list without splits.
+    None for other data, whose splits are opened together.
+
+    Args:
+        spec, split: as in ``open_evaluation``.
+
+    Raises:
+        ConfigError, DataError: as ``open_evaluation``.
+    """
+    kind, path = resolve(spec)
+    if path is not None and kind.list_split is not None:
+        return kind.list_split(path, split)
+    source = None if kind.files is None or split is not None else kind.files(path)
+    if source is None or len(source.splits) > 1:
+        return None
+    return replace(source, train=replace(source.train, name=source.name))
+
+
 def open_evaluation(
     spec: str | Path,
     split: str | None = None,
@@ -172,34 +202,35 @@ def open_evaluation(
     *,
     decoded: bool = True,
     progress: Progress | None = None,
+    background: Color | None = None,
 ) -> EvaluationSet:
     """Open one split of a dataset for a trained network; the other splits of a folder are not read.
 
     Args:
         spec: as in ``open_dataset``; a folder needs no ``train/``, and may hold the class folders
-            themselves.
+            themselves; a list needs no splits.
         split: "train", "val" or "test"; None for the split that runs are evaluated on.
         image_size: as in ``open_dataset``.
         decoded: decode the images; otherwise return files, for a loader that decodes.
-        progress: as in ``open_dataset``.
+        progress, background: as in ``open_dataset``.
 
     Raises:
         ConfigError: a setting out of range, an unknown kind or split.
         DataError: images that cannot be read, or that are not files.
     """
     check_image_size(image_size)
-    kind, path = resolve(spec)
-    if path is not None and kind.list_split is not None:
-        source = kind.list_split(path, split)
+    source = list_evaluation(spec, split)
+    if source is not None:
+        source = with_background(source, background)
         images: Split | FileSplit = source.train
         if decoded:
             images = decode_files(source, image_size, None, progress).train
         return EvaluationSet(source.name, source.classes, images)
     dataset: Dataset | FileDataset
     if decoded:
-        dataset = open_dataset(spec, image_size, progress=progress)
+        dataset = open_dataset(spec, image_size, progress=progress, background=background)
     else:
-        dataset = list_files(spec, image_size=image_size)
+        dataset = list_files(spec, image_size=image_size, background=background)
     images = dataset.evaluation if split is None else dataset.split(split)
     return EvaluationSet(dataset.name, dataset.classes, images)
 

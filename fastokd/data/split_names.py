@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,9 +10,9 @@ from fastokd.data.dataset import invalid
 from fastokd.errors import summarize
 
 SPLITS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev", "eval", "evaluation"),
-    "test": ("test", "testing"),
+    "train": ("train", "training", "trn"),
+    "val": ("val", "valid", "validate", "validation", "dev", "eval", "evaluation", "holdout"),
+    "test": ("test", "testing", "tst"),
 }
 """The splits, and the words for each, in any case."""
 
@@ -44,6 +44,14 @@ def read_name(name: str) -> Reading | None:
         return None
     rest = tuple(word for word in words if word not in SPLIT_OF and word not in _GENERIC)
     return Reading(SPLIT_OF[named[0]], rest)
+
+
+def is_wrapper(name: str, split: str) -> bool:
+    """True for the name of a folder that holds all of a split: ``train/train``, ``val/images``."""
+    reading = read_name(name)
+    if reading is not None:
+        return reading == Reading(split, ())
+    return all(word.lower() in _GENERIC for word in _WORD.findall(name))
 
 
 class SplitFolders(NamedTuple):
@@ -90,3 +98,35 @@ def split_of_name(path: str) -> set[str]:
     """The splits that the words of a path mean."""
     words = (word.lower() for part in path.split(os.sep) for word in _WORD.findall(part))
     return {SPLIT_OF[word] for word in words if word in SPLIT_OF}
+
+
+def files_by_split(
+    root: Path, files: Sequence[str], noun: str, ending: str
+) -> dict[str, list[str]]:
+    """The files of each split, by the words in their paths; all are for training where no path
+    tells a split.
+
+    Args:
+        root: the folder that the paths are relative to.
+        noun, ending: the kind of the files and the end of their names, for messages.
+
+    Raises:
+        DataError: paths that tell two splits, none next to paths that tell one, or no training
+            files.
+    """
+    by_split: dict[str, list[str]] = {}
+    for file in files:
+        words = sorted(split_of_name(file))
+        if len(words) > 1:
+            both = " and ".join(words)
+            raise invalid(root / file, f"its name says {both}; keep one of these words")
+        by_split.setdefault(words[0] if words else "", []).append(file)
+    if list(by_split) == [""]:
+        return {"train": list(files)}
+    if "" in by_split:
+        problem = f"{noun}s whose split is unknown: {summarize(by_split[''])}"
+        raise invalid(root, f"{problem}; name them train-, val- or test-NUMBER{ending}")
+    if "train" not in by_split:
+        problem = f"no training {noun}s (found {summarize(files)})"
+        raise invalid(root, f"{problem}; name them train-NUMBER{ending}")
+    return by_split

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastokd.data import stream
-from fastokd.data.decoding import JPEG, check_jpeg_rows, decode, decodes_alike
+from fastokd.data.decoding import JPEG, Color, check_jpeg_rows, decode, decodes_alike
 from fastokd.data.files import FileSplit, replacement_index
 from fastokd.data.images import reason_of, workers_per_process
 from fastokd.data.loader import LoaderKind
@@ -173,7 +173,7 @@ class _Batches(Dataset[Any]):
         self, out: Tensor, i: int, request: Request, candidate: Any, corrupt: dict[int, str]
     ) -> bool:
         try:
-            image = decode_rgb(self.split.read(i))
+            image = decode_rgb(self.split.read(i), self.split.background)
             if candidate is not None:
                 ratio = request.framing.augment.crop_ratio
                 top, left, height, width = window(candidate, image.shape[1], image.shape[2], ratio)
@@ -185,8 +185,8 @@ class _Batches(Dataset[Any]):
         return True
 
 
-def decode_rgb(data: bytes) -> Tensor:
-    """Decode an image into uint8 [3, H, W], upright, in RGB.
+def decode_rgb(data: bytes, background: Color | None = None) -> Tensor:
+    """Decode an image into uint8 [3, H, W], upright, in RGB; ``background`` is as in ``decode``.
 
     JPEG uses torchvision's decoder while it exists (0.29 deprecates it), where it returns the same
     pixels as Pillow: it is a quarter faster. Other files use Pillow: torchvision supports fewer
@@ -197,7 +197,7 @@ def decode_rgb(data: bytes) -> Tensor:
     """
     fast = jpeg_decoder() if data.startswith(JPEG) and decodes_alike(data) else None
     if fast is None:
-        return torch.from_numpy(np.array(decode(BytesIO(data)))).permute(2, 0, 1)
+        return torch.from_numpy(np.array(decode(BytesIO(data), background))).permute(2, 0, 1)
     image = fast(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     if image.ndim == 3 and bool((image[:, -1] == 128).all()):
         check_jpeg_rows(data, image[:, -1].numpy())

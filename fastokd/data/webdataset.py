@@ -23,7 +23,7 @@ from fastokd.data.files import FileSplit, Members, cannot_read
 from fastokd.data.folder import split_folders
 from fastokd.data.images import EXTENSIONS
 from fastokd.data.kinds import DatasetKind
-from fastokd.data.split_names import split_of_name
+from fastokd.data.split_names import files_by_split
 from fastokd.errors import escape, summarize
 
 CLASSES_FILE = "classes.txt"
@@ -148,22 +148,7 @@ def _shards_by_split(path: Path) -> dict[str, list[str]]:
         raise cannot_read(path, error) from error
     if not shards:
         raise invalid(path, "no .tar files there; pass the folder that holds the shards")
-    by_split: dict[str, list[str]] = {}
-    for shard in shards:
-        words = sorted(split_of_name(shard))
-        if len(words) > 1:
-            both = " and ".join(words)
-            raise invalid(path / shard, f"its name says {both}; keep one of these words")
-        by_split.setdefault(words[0] if words else "", []).append(shard)
-    if list(by_split) == [""]:
-        return {"train": shards}
-    if "" in by_split:
-        problem = f"shards whose split is unknown: {summarize(by_split[''])}"
-        raise invalid(path, f"{problem}; name them train-, val- or test-NUMBER.tar")
-    if "train" not in by_split:
-        problem = f"no training shards (found {summarize(shards)})"
-        raise invalid(path, f"{problem}; name them train-NUMBER.tar")
-    return by_split
+    return files_by_split(path, shards, "shard", ".tar")
 
 
 def _classes(root: Path, samples: Sequence[Sample]) -> tuple[tuple[str, ...], dict[str, int]]:

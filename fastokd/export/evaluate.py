@@ -7,9 +7,11 @@ import torch
 
 from fastokd.data import Augment, FileSplit, open_evaluation
 from fastokd.data.loader import best_file_loader, get_loader_kind
-from fastokd.errors import CheckpointError, ConfigError, DataError, escape, summarize
+from fastokd.errors import CheckpointError, ConfigError, DataError, escape
 from fastokd.export.check import measure_metrics
 from fastokd.export.files import open_export
+from fastokd.export.preprocessing import background_of
+from fastokd.export.record import class_difference
 
 
 class ExportAccuracy(NamedTuple):
@@ -53,11 +55,15 @@ def evaluate_export(
     side = min(height, width)
     # The student was trained on random resized crops: evaluate center crops of larger images.
     cropped = preprocessing.get("shorter_side", side) > side
-    opened = open_evaluation(data, split, height if height == width else None, decoded=not cropped)
-    if list(opened.classes) != classes:
-        known = f"{len(classes)} classes ({summarize(classes, 3)})"
-        given = f"{len(opened.classes)} ({summarize(opened.classes, 3)})"
-        raise CheckpointError(f"the student knows {known}, the data has {given}")
+    opened = open_evaluation(
+        data,
+        split,
+        height if height == width else None,
+        decoded=not cropped,
+        background=background_of(record),
+    )
+    if difference := class_difference(classes, opened.classes):
+        raise CheckpointError(f"the student knows {difference}")
     images = opened.images
     settings: dict[str, Any] = {
         "mean": preprocessing["mean"],

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastokd.data.decoding import decode, to_rgb
+from fastokd.data.decoding import Color, decode, to_rgb
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,23 +23,33 @@ def preprocess(record: Mapping[str, Any]) -> Callable[["str | Path | bytes | Ima
 
     Returns:
         A function from an image (a file's path, its bytes, or a PIL image) to float32 [3, H, W]:
-        decoded to upright RGB, the shorter side scaled (bilinear, antialiased), the center cropped,
-        divided by 255 and normalized. For a file exported with preprocessing it returns the pixels
-        before the division, uint8 [3, H, W].
+        decoded to upright RGB, on the record's background if it is transparent, the shorter side
+        scaled (bilinear, antialiased), the center cropped, divided by 255 and normalized. For a
+        file exported with preprocessing it returns the pixels before the division, uint8 [3, H, W].
     """
     settings = record["preprocessing"]
     height, width = settings["image_size"]
     # Records of early versions have no shorter_side.
     side = settings.get("shorter_side", min(height, width))
+    background = background_of(record)
     normalize = None if takes_pixels(record) else Normalize(settings)
 
     def prepare(image: "str | Path | bytes | Image.Image") -> Tensor:
         if isinstance(image, str | Path | bytes):
-            image = decode(BytesIO(image) if isinstance(image, bytes) else image)
-        pixels = torch.from_numpy(_cropped(to_rgb(image), side, height, width)).permute(2, 0, 1)
+            image = decode(BytesIO(image) if isinstance(image, bytes) else image, background)
+        rgb = to_rgb(image, background)
+        pixels = torch.from_numpy(_cropped(rgb, side, height, width)).permute(2, 0, 1)
         return pixels.contiguous() if normalize is None else normalize(pixels[None])[0].contiguous()
 
     return prepare
+
+
+def background_of(record: Mapping[str, Any]) -> Color | None:
+    """The color behind transparent pixels; None, as in records of early versions, drops the
+    transparency.
+    """
+    color = record["preprocessing"].get("background")
+    return None if color is None else tuple(color)
 
 
 def _cropped(image: "Image.Image", side: int, height: int, width: int) -> np.ndarray[Any, Any]:

@@ -2,11 +2,11 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastokd.data import Dataset, FileDataset
-from fastokd.errors import CheckpointError
+from fastokd.errors import CheckpointError, summarize
 from fastokd.version import __version__
 
 FORMAT = 1
@@ -41,6 +41,7 @@ def student_record(
         "classes": list(dataset.classes),
         "preprocessing": {
             "color": "RGB",
+            "background": None if dataset.background is None else list(dataset.background),
             "shorter_side": dataset.augment.evaluation_side(min(dataset.image_size)),
             "image_size": list(dataset.image_size),
             "scale": "divide by 255",
@@ -59,6 +60,19 @@ def student_record(
     }
 
 
+def class_difference(known: Sequence[str], given: Sequence[str]) -> str:
+    """The classes of a network and those of a dataset, for a message; "" if they are equal."""
+    if list(known) == list(given):
+        return ""
+    sizes = [f"{len(names)} classes ({summarize(names, 3)})" for names in (known, given)]
+    text = f"{sizes[0]}, the data has {sizes[1]}"
+    missing, added = sorted({*known} - {*given}), sorted({*given} - {*known})
+    if not (missing or added):
+        return f"{text}: the same names in another order"
+    parts = ((missing, "missing from the data"), (added, "unknown to the network"))
+    return f"{text}; " + ", ".join(f"{how}: {summarize(part, 4)}" for part, how in parts if part)
+
+
 def _numbers(value: Any, count: int, kinds: tuple[type, ...]) -> bool:
     return (
         isinstance(value, list)
@@ -71,11 +85,13 @@ def _sound_preprocessing(part: dict[str, Any]) -> bool:
     if not _numbers(part.get("image_size"), 2, (int,)):
         return False
     side = min(part["image_size"])
-    scaled = part.get("shorter_side", side)  # missing in records of early versions
+    # Both are missing in records of early versions.
+    scaled, background = part.get("shorter_side", side), part.get("background")
     return (
         side > 0
         and type(scaled) is int
         and scaled >= side
+        and (background is None or _numbers(background, 3, (int,)))
         and all(_numbers(part.get(name), 3, (int, float)) for name in ("mean", "std"))
         and min(part["std"]) > 0
     )

@@ -249,6 +249,11 @@ class TrainConfig:
         " weights that the run starts from; auto: the weights', if known, else the data's",
         choices=("auto", "data", "imagenet", "weights"),
     )
+    background: str | None = DATA(
+        None,
+        "Color behind transparent pixels of image files, e.g. white or #ff8000",
+        unset="the transparency is dropped",
+    )
     pad: int | None = DATA(None, "Padding of random crops in pixels", unset="the data's", ge=0)
     flip: bool | None = DATA(None, "Random horizontal flips", unset="the data's")
     padding: str | None = DATA(

@@ -9,6 +9,7 @@ import torch
 
 from fastokd.data import (
     Dataset,
+    DataSource,
     FileDataset,
     FileSplit,
     Loader,
@@ -19,6 +20,7 @@ from fastokd.data import (
     make_loader,
     open_dataset,
 )
+from fastokd.data.decoding import parse_color
 from fastokd.data.files import IMAGENET_MEAN, IMAGENET_STD, SMALL, check_headers, peek_sizes
 from fastokd.data.images import MEMORY_FRACTION, Progress
 from fastokd.data.loader import best_file_loader, file_loaders, get_loader_kind
@@ -36,6 +38,7 @@ def open_data(
     device: torch.device,
     seen: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    evaluation: DataSource[FileSplit] | None = None,
 ) -> AnyDataset:
     """The dataset of a configuration, checked: decoded if its loader is "resident", else a list of
     files.
@@ -44,6 +47,7 @@ def open_data(
         seen: ``data_record`` of the dataset that the weights were trained on: images then get its
             size and normalization instead of this dataset's, and "auto" its loader.
         progress: called with (files done, files in all) while files are decoded.
+        evaluation: of ``list_evaluation`` for the configuration's dataset: the images to open.
 
     Raises:
         ConfigError, DataError: no dataset is named, or it cannot be trained on.
@@ -55,19 +59,24 @@ def open_data(
         )
     options: dict[str, Any]
     options = {name: getattr(config, name) for name in ("image_size", "val_split", "seed")}
+    if config.background is not None:
+        options["background"] = parse_color(config.background)
     if seen is not None:
         options |= {"mean": seen["mean"], "std": seen["std"]}
         height, width = seen["image_size"]
         if height == width:
             options["image_size"] = height
     spec: Any = config.data
+    if evaluation is not None:
+        spec = dataclasses.replace(evaluation, test=evaluation.train)
+        options["val_split"] = 0.0
     loader = config.loader
     if loader == "auto" and not made_of_files(config.data):
         loader = "resident"
     elif loader == "auto" and seen is not None:
         loader = seen.get("loader", "resident")
     if loader == "auto":
-        spec = list_source(config.data)
+        spec = list_source(config.data) if evaluation is None else spec
         listed = list_files(spec, **options)
         if not _is_small(listed, config.image_size, device):
             return _checked(listed)

@@ -14,10 +14,13 @@ def check_config(config: TrainConfig) -> None:
     Raises:
         ConfigError: names the field, its value and the fix.
     """
+    from fastokd.data.decoding import parse_color
     from fastokd.data.policies import policy_options
     from fastokd.ops import check_impl
 
     policy_options(config.auto_augment, config.auto_augment_options)
+    if config.background is not None:
+        parse_color(config.background)
     check_method(config)
     for name, info in infos(config).items():
         check_value(name, getattr(config, name), info)

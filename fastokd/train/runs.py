@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastokd.data import Loader
+from fastokd.data import FileSplit, Loader, Split, absolute_spec, list_evaluation
 from fastokd.data.images import Progress
-from fastokd.errors import CheckpointError, ConfigError, summarize
+from fastokd.errors import CheckpointError, ConfigError
 from fastokd.export import load_weights
+from fastokd.export.record import class_difference
 from fastokd.train.build import before_teaching, build_model, is_before_teaching
 from fastokd.train.checkpoint import checkpoint_files, load_checkpoint, load_newest
 from fastokd.train.config import TrainConfig, differences, fields_with_role, identity_fields
@@ -55,9 +56,8 @@ def provenance(config: TrainConfig, run: RunFolder, fingerprint: str | None) -> 
 
 def check_classes(where: str, state: Mapping[str, Any], dataset: AnyDataset) -> None:
     """Raise a CheckpointError if a dataset has other classes than a checkpoint."""
-    if list(state["classes"]) != list(dataset.classes):
-        theirs, ours = summarize(state["classes"], 4), summarize(dataset.classes, 4)
-        raise CheckpointError(f"{where} was trained on the classes {theirs}, the data has {ours}")
+    if difference := class_difference(state["classes"], dataset.classes):
+        raise CheckpointError(f"{where} was trained on {difference}")
 
 
 def check_same_run(
@@ -122,7 +122,10 @@ class LoadedRun:
     """Of the loaded networks: ``before_teaching(config)`` for checkpoints before ``teach_from``."""
     dataset: AnyDataset
     evaluator: BranchEvaluator
+    images: Split | FileSplit
+    """The split of the dataset to evaluate on."""
     loader: Loader
+    """Of these images."""
     state: dict[str, Any]
 
 
@@ -139,7 +142,7 @@ def load_run(
     Args:
         which: "last" or "best".
         data: a dataset other than the run's, with the same classes; its images are prepared like
-            the run's.
+            the run's. It may be a folder or list without splits.
         split: "train", "val" or "test"; by default the split the run is evaluated on.
         progress: called with (files done, files in all) while files are decoded.
 
@@ -148,6 +151,9 @@ def load_run(
     """
     run = RunFolder.open(path)
     config = run.load_config()
+    evaluation = None
+    if data is not None and absolute_spec(data) != config.data:
+        evaluation = list_evaluation(data, split)
     config = dataclasses.replace(config, device=device, data=data or config.data)
     # Evaluation needs no optimizer, and an old run may have used one that was removed.
     check_config(dataclasses.replace(config, optimizer="adamw"))
@@ -160,7 +166,8 @@ def load_run(
             warnings.warn(complaint, stacklevel=2)
     else:
         state, file = load_checkpoint(run.best), run.best
-    dataset = prepared(config, open_data(config, where, state["data"], progress), state["data"])
+    opened = open_data(config, where, state["data"], progress, evaluation)
+    dataset = prepared(config, opened, state["data"])
     check_classes(str(path), state, dataset)
     criterion = None
     if is_before_teaching(load_config(state["config"], str(file)), state):
@@ -173,9 +180,11 @@ def load_run(
         evaluator.average.load_state_dict(state["ema"])
     # Not strict: mixing weights are restored, memories of single images are not needed.
     evaluator.criterion.load_state_dict(state["criterion"], strict=False)
-    chosen = dataset.evaluation if split is None else dataset.split(split)
-    loader = loader_for(config, dataset, chosen, False, where, state["data"])
-    return LoadedRun(config, dataset, evaluator, loader, state)
+    images: Split | FileSplit = dataset.evaluation
+    if split is not None and evaluation is None:
+        images = dataset.split(split)
+    loader = loader_for(config, dataset, images, False, where, state["data"])
+    return LoadedRun(config, dataset, evaluator, images, loader, state)
 
 
 def resume_hint(run: RunFolder, batch_size: int) -> str:

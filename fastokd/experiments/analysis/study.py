@@ -152,7 +152,7 @@ def analyze_run(
             f"max_images={max_images}: use 0 for no t-SNE, or how many images it shows at most"
         )
     run = load_run(path, which, data, device, split, decoding)
-    images = run.dataset.evaluation if split is None else run.dataset.split(split)
+    images = run.images
     show = None if progress is None else lambda done: progress(done, len(images))
     gathered = gather(run.evaluator, run.loader, max_images, show)
     records = RunFolder.open(path).read_metrics()
