@@ -4,24 +4,33 @@ from fastokd._moved import moved_names
 from fastokd.graph.draw import draw_mermaid, draw_text
 from fastokd.graph.graph import Graph
 from fastokd.graph.nodes import (
+    DKD,
     KL,
+    L1,
+    MSE,
     CrossEntropy,
     External,
+    JensenShannon,
     Logits,
     LowestCrossEntropy,
     MinLogit,
     Mixture,
     Node,
     ProbabilityMixture,
+    Standardized,
     Term,
 )
 from fastokd.graph.plan import Plan, PlanNode, PlanTerm, decode_plan, lower
 
 __all__ = [
+    "DKD",
     "KL",
+    "L1",
+    "MSE",
     "CrossEntropy",
     "External",
     "Graph",
+    "JensenShannon",
     "Logits",
     "LowestCrossEntropy",
     "MinLogit",
@@ -31,6 +40,7 @@ __all__ = [
     "PlanNode",
     "PlanTerm",
     "ProbabilityMixture",
+    "Standardized",
     "Term",
     "decode_plan",
     "draw_mermaid",
