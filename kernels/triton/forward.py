@@ -8,6 +8,7 @@ import triton.language as tl
 from fastokd.kernels.triton.columns import (
     LN2,
     NEGATIVE_ZERO,
+    add_at,
     log2,
     row_constant,
     row_constants,
@@ -167,7 +168,7 @@ def edge_values(terms, maxima, sums, means, node_sums, SPEC: tl.constexpr, TILE:
         value = (means[e] + log2(ratio, TILE)) * LN2
         if SPEC.edges[e].eps > 0:
             value += first_order_eps(maxima, sums, node_sums, e, SPEC, TILE)
-        terms = set_at(terms, SPEC.edges[e].term, value * SPEC.edges[e].scale)
+        terms = add_at(terms, SPEC.edges[e].term, value * SPEC.edges[e].scale)
     return terms
 
 
@@ -190,8 +191,67 @@ def external_values(
                 maxima, sums, SPEC.external_edges[e].student_softmax, SPEC, MAIN_PASS, TILE
             )
         value = value * (LN2 * SPEC.external_edges[e].scale)
-        terms = set_at(terms, SPEC.external_edges[e].term, value)
+        terms = add_at(terms, SPEC.external_edges[e].term, value)
     return terms
+
+
+@triton.jit
+def log_odds(
+    maxima,
+    sums,
+    label_logit,
+    F: tl.constexpr,
+    SPEC: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The logit of the label's probability, from a node's label logit and its non-target softmax."""
+    scaled_node: tl.constexpr = SPEC.main.softmaxes[F].scaled_node
+    gap = label_logit * SPEC.main.scaled_nodes[scaled_node].scale - maxima[scaled_node]
+    return (gap * SPEC.main.softmaxes[F].ratio - log2(sums[F], TILE)) * LN2
+
+
+@triton.jit
+def softplus(x, TILE: tl.constexpr):
+    """log(1 + exp(x))."""
+    e = tl.exp2(-tl.abs(x) * (1.0 / LN2))
+    total = 1.0 + e
+    # The first term of its series replaces what 1 + e rounds away.
+    return tl.maximum(x, 0.0) + log2(total, TILE) * LN2 + (e - (total - 1.0)) / total
+
+
+@triton.jit
+def target_values(terms, maxima, sums, label_logits, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """The terms with the values of the target edges, and the slopes of ``SPEC.layout``."""
+    slopes = ()
+    for t in tl.static_range(len(SPEC.target_edges)):
+        student = log_odds(
+            maxima,
+            sums,
+            label_logits[SPEC.target_edges[t].student],
+            SPEC.target_edges[t].student_softmax,
+            SPEC,
+            TILE,
+        )
+        teacher = log_odds(
+            maxima,
+            sums,
+            label_logits[SPEC.target_edges[t].teacher],
+            SPEC.target_edges[t].teacher_softmax,
+            SPEC,
+            TILE,
+        )
+        # Of two equal forms, the one whose terms are small where probabilities are near 0 or 1.
+        sign = tl.where(teacher > 0, -1.0, 1.0)
+        gap = (teacher - student) * sign
+        lost = softplus(teacher * sign, TILE)
+        likely = tl.exp2((teacher * sign - lost) * (1.0 / LN2))
+        value = likely * gap - lost + softplus(student * sign, TILE)
+        terms = add_at(terms, SPEC.target_edges[t].term, value * SPEC.target_edges[t].scale)
+        rest = 1.0 - likely
+        q = tl.exp2((student - softplus(student, TILE)) * (1.0 / LN2))
+        p = tl.where(teacher > 0, rest, likely)
+        slopes = slopes + (q - p, likely * rest * (teacher - student))
+    return terms, slopes
 
 
 @triton.jit
@@ -238,12 +298,12 @@ def forward_row(
         masses = plain[first : first + SPEC.num_externals]
         products = plain[first + SPEC.num_externals :]
 
-    terms = row_constants(SPEC.num_terms, 0.0, TILE)
+    terms = row_constants(SPEC.num_terms, NEGATIVE_ZERO, TILE)
     for c in tl.static_range(len(SPEC.cross_entropies)):
         value = smoothed_cross_entropy(
             maxima, sums, node_label_logits, node_sums, mass, c, SPEC, TILE
         )
-        terms = set_at(terms, SPEC.cross_entropies[c].term, value)
+        terms = add_at(terms, SPEC.cross_entropies[c].term, value)
     terms = edge_values(terms, maxima, sums, means, node_sums, SPEC, TILE)
     terms = external_values(terms, maxima, sums, means, masses, products, SPEC, TILE)
     normalized = ()
@@ -252,8 +312,15 @@ def forward_row(
         row_state = (weights, node_label_logits, chosen)
         normalized = normalized_pass(inputs, row_state, rows, maxima, sums, partials, SPEC, TILE)
         for e in tl.static_range(len(SPEC.normalized_edges)):
-            value = normalized[2 * e] * SPEC.normalized_edges[e].scale
-            terms = set_at(terms, SPEC.normalized_edges[e].term, value)
+            value = normalized[2 * e]
+            if SPEC.normalized_edges[e].beta > 0:
+                value += normalized[2 * e + 1]
+            value = value * SPEC.normalized_edges[e].scale
+            terms = add_at(terms, SPEC.normalized_edges[e].term, value)
+    terms, slopes = target_values(terms, maxima, sums, node_label_logits, SPEC, TILE)
+    for e in tl.static_range(len(SPEC.main.errors)):
+        value = plain[SPEC.first_error + e] * (SPEC.main.errors[e].scale / TILE.num_classes)
+        terms = add_at(terms, SPEC.main.errors[e].term, value)
 
     loss = row_constant(NEGATIVE_ZERO, TILE)
     for t in tl.static_range(tl.constexpr(SPEC.num_terms)):
@@ -266,4 +333,5 @@ def forward_row(
     if SPEC.use_label_logits:
         stats = stats + label_logits
     stats = stats + plain[: SPEC.first_external_sum] + (mass,) + chosen + masses + normalized
+    stats = stats + slopes
     return loss, terms, stats

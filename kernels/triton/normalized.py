@@ -1,4 +1,5 @@
-"""Normalized edges: probability mixtures as teachers, and an exact eps added to a teacher.
+"""Normalized edges: probability mixtures as teachers, an exact eps added to a teacher, and
+Jensen-Shannon divergences.
 
 They take another pass over the columns, after the sums of exponentials are known. ``logs`` are log2
 of the sums, by softmax. ``mixtures`` holds (probability, log2 of it, d log / d weight by input) of
@@ -90,11 +91,16 @@ def log_sums(sums, TILE: tl.constexpr):
 
 
 @triton.jit
-def teacher_row(scaled, mixtures, logs, E: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
+def teacher_row(
+    rows, scaled, mixtures, logs, E: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr
+):
     """The teacher of a normalized edge at one piece: its probability, the same with eps, and log2
     of the latter.
     """
-    if SPEC.normalized_edges[E].prob_mixture >= 0:
+    if SPEC.normalized_edges[E].external >= 0:
+        probability = rows[SPEC.normalized_edges[E].external]
+        logarithm = log2(tl.maximum(probability, FLOOR), TILE)
+    elif SPEC.normalized_edges[E].prob_mixture >= 0:
         probability, logarithm, _slopes = mixtures[SPEC.normalized_edges[E].prob_mixture]
     else:
         logarithm = log_probability(scaled, logs, SPEC.normalized_edges[E].teacher_softmax, SPEC)
@@ -104,6 +110,20 @@ def teacher_row(scaled, mixtures, logs, E: tl.constexpr, SPEC: tl.constexpr, TIL
         return probability, with_eps, log2(with_eps, TILE)
     else:
         return probability, probability, logarithm
+
+
+@triton.jit
+def jensen_shannon(
+    probability, logarithm, student, E: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr
+):
+    """The summands of the student's and the teacher's part of a Jensen-Shannon divergence, which
+    are also its derivatives for the logarithms of their probabilities: those through the mixture's
+    logarithm add up to 0. ``logarithm`` and ``student`` are log2 of the probabilities.
+    """
+    of_teacher = probability * SPEC.normalized_edges[E].beta
+    of_student = tl.exp2(student) * (1.0 - SPEC.normalized_edges[E].beta)
+    middle = log2(tl.maximum(of_teacher + of_student, FLOOR), TILE)
+    return of_student * (student - middle) * LN2, of_teacher * (logarithm - middle) * LN2
 
 
 @triton.jit
@@ -122,10 +142,13 @@ def normalized_summands(piece, scaled, weights, logs, SPEC: tl.constexpr, TILE: 
     out = ()
     products = ()
     for e in tl.static_range(len(SPEC.normalized_edges)):
-        probability, with_eps, logarithm = teacher_row(scaled, mixtures, logs, e, SPEC, TILE)
+        probability, with_eps, logarithm = teacher_row(piece, scaled, mixtures, logs, e, SPEC, TILE)
         student = log_probability(scaled, logs, SPEC.normalized_edges[e].student_softmax, SPEC)
         gap = (logarithm - student) * LN2
-        if SPEC.normalized_edges[e].student_first:
+        if SPEC.normalized_edges[e].beta > 0:
+            of_student, pull = jensen_shannon(probability, logarithm, student, e, SPEC, TILE)
+            out = out + (of_student, pull)
+        elif SPEC.normalized_edges[e].student_first:
             pull = -tl.exp2(student)
             out = out + (pull * gap, pull)
         else:

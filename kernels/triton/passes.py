@@ -167,6 +167,16 @@ def external_product(piece, C: tl.constexpr, SPEC: tl.constexpr, TILE: tl.conste
 
 
 @triton.jit
+def error_of(piece, E: tl.constexpr, SPEC: tl.constexpr):
+    """The summand of a squared or absolute error at one piece."""
+    gap = piece[SPEC.main.errors[E].student] - piece[SPEC.main.errors[E].teacher]
+    if SPEC.main.errors[E].squared:
+        return gap * gap
+    else:
+        return tl.abs(gap)
+
+
+@triton.jit
 def added_plain(
     plain,
     piece,
@@ -179,7 +189,8 @@ def added_plain(
     TILE: tl.constexpr,
 ):
     """Plain sums after one more piece: products of a soft target y with the logits and the mass of
-    y (USE_TARGET); in the main pass also sums of rows, masses of external rows, external products.
+    y (USE_TARGET); in the main pass also sums of rows, masses of external rows, external products,
+    errors.
     """
     out = ()
     if USE_TARGET:
@@ -198,6 +209,8 @@ def added_plain(
                 out = out + (piece[SPEC.num_logits + x],)
         for c in tl.static_range(len(SPEC.main.external_products)):
             out = out + (external_product(piece, c, SPEC, TILE),)
+        for e in tl.static_range(len(SPEC.main.errors)):
+            out = out + (error_of(piece, e, SPEC),)
     sums = ()
     for i in tl.static_range(len(out)):
         sums = sums + (plain[i] + masked(out[i], 0.0, LIMIT, PIECE, TILE),)
