@@ -1,20 +1,10 @@
 """Other divergences in the place of a graph's KL terms."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from fastokd.errors import GraphError, did_you_mean
 from fastokd.graph.graph import Graph
-from fastokd.graph.nodes import (
-    DKD,
-    KL,
-    L1,
-    MSE,
-    JensenShannon,
-    Logits,
-    Mixture,
-    Standardized,
-    Term,
-)
+from fastokd.graph.nodes import DKD, KL, L1, MSE, JensenShannon, Logits, Mixture, Standardized, Term
 
 DIVERGENCES = ("kl", "reverse-kl", "symmetric-kl", "js", "dkd", "mse", "l1")
 """KL as the method has it, KL(student || teacher), the mean of both directions, Jensen-Shannon,
@@ -77,6 +67,8 @@ def _check(graph: Graph, divergence: str, parameters: dict[str, float | None]) -
     for name, value in parameters.items():
         if value is not None and name not in _PARAMETERS.get(divergence, ()):
             raise GraphError(f"divergence '{divergence}' has no parameter {name} (got {value})")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise GraphError(f"{name}={value!r}; it must be a number")
     edges = [term for term in graph.terms if isinstance(term, KL)]
     if not edges:
         raise GraphError(f"graph '{graph.name}' has no KL term whose divergence could be changed")
@@ -92,17 +84,14 @@ def _changed(
     term: KL, teacher: str, student: str, divergence: str, parameters: dict[str, float]
 ) -> Term:
     """A KL term's counterpart between two rows."""
-    detach, scheduled = term.detach, term.scheduled
-    if divergence in ("mse", "l1"):
-        error = MSE if divergence == "mse" else L1
-        return error(teacher, student, term.weight, detach=detach, scheduled=scheduled)
-    softened = (teacher, student, term.weight, term.temperature)
-    options = {"t2_scaling": term.t2_scaling, "detach": detach, "scheduled": scheduled}
-    if divergence == "js":
-        return JensenShannon(*softened, **options, **parameters)
-    if divergence == "dkd":
-        return DKD(*softened, **options, **parameters)
+    term = replace(term, teacher=teacher, student=student)
     if divergence == "kl":
-        return replace(term, teacher=teacher, student=student)
-    direction = "student_first" if divergence == "reverse-kl" else "symmetric"
-    return replace(term, teacher=teacher, student=student, direction=direction)
+        return term
+    if divergence == "reverse-kl":
+        return replace(term, direction="student_first")
+    if divergence == "symmetric-kl":
+        return replace(term, direction="symmetric")
+    kind = {"js": JensenShannon, "dkd": DKD, "mse": MSE, "l1": L1}[divergence]
+    common = {field.name for field in fields(kind)} & {field.name for field in fields(term)}
+    changed: Term = kind(**{name: getattr(term, name) for name in common}, **parameters)
+    return changed

@@ -49,8 +49,8 @@ class Mixture(_Derived):
 
 @dataclass(frozen=True)
 class Standardized:
-    """``(z - mean(z)) / std(z)`` over the classes of each row z, before any temperature (Sun et al.,
-    CVPR 2024). ``input``: logits or a mixture.
+    """``(z - mean(z)) / std(z)`` over the classes of each row z, before any temperature (Sun et
+    al., CVPR 2024). ``input``: logits or a mixture.
 
     It lowers to a mixture of the one input with the weight 1 / std(z), because no term that takes
     this node depends on the mean. Classes at -inf do not count.
@@ -111,13 +111,7 @@ class LowestCrossEntropy(_Derived):
 
 
 Node: TypeAlias = (
-    Logits
-    | Mixture
-    | Standardized
-    | ProbabilityMixture
-    | External
-    | MinLogit
-    | LowestCrossEntropy
+    Logits | Mixture | Standardized | ProbabilityMixture | External | MinLogit | LowestCrossEntropy
 )
 
 

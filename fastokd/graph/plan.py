@@ -137,9 +137,9 @@ class Plan(NamedTuple):
         """The plan as two flat arrays: what the registered operator and the C ABI take.
 
         Integers: version, num_logits, num_externals, S, the S weight widths, N derived nodes, each
-        as (kind, source, K, K inputs), the number of terms, each as (kind, student, teacher, detach,
-        direction, eps_mode, output). Floats: label_smoothing; per node (temperature, then K
-        constants if source is -1); per term (temperature, scale, eps, beta).
+        as (kind, source, K, K inputs), the number of terms, each as (kind, student, teacher,
+        detach, direction, eps_mode, output). Floats: label_smoothing; per node (temperature, then
+        K constants if source is -1); per term (temperature, scale, eps, beta).
         """
         return _encode(self)
 

@@ -8,9 +8,6 @@ from torch import Tensor
 from fastokd.graph import Graph, Mixture
 from fastokd.ops.inputs import compute_dtype
 
-LEAST_DEVIATION = 1e-7
-"""Added to a row's standard deviation, so that a constant row gives 0 instead of NaN."""
-
 
 def standard_weights(
     graph: Graph, logits: Sequence[Tensor], weights: Mapping[str, Tensor]
@@ -34,25 +31,27 @@ def standard_weights(
         assert isinstance(node, Mixture), "the graph has checked the input"
         rows = [row(source) for source in node.inputs]
         mixing = node.weights
-        factors = weights[mixing].unbind(-1) if isinstance(mixing, str) else mixing
-        scaled = [
-            each * (factor.to(each.dtype).unsqueeze(-1) if isinstance(factor, Tensor) else factor)
-            for factor, each in zip(factors, rows, strict=True)
-        ]
-        return torch.stack(scaled).sum(0)
+        if isinstance(mixing, str):
+            columns = weights[mixing].to(rows[0].dtype).unsqueeze(-1).unbind(-2)
+            parts = [column * each for column, each in zip(columns, rows, strict=True)]
+        else:
+            parts = [factor * each for factor, each in zip(mixing, rows, strict=True)]
+        return torch.stack(parts).sum(0)
 
     with torch.autocast(logits[0].device.type, enabled=False):
         return [_weight(row(node.input)) for node in graph.standardized]
 
 
 def _weight(row: Tensor) -> Tensor:
-    """The inverse of the standard deviation [B, 1] over the classes that are not at -inf."""
+    """The inverse of the standard deviation [B, 1] over the classes that are not at -inf; 0 for a
+    constant row.
+    """
     absent = row == -torch.inf
     count = (~absent).sum(1, keepdim=True)
     row = row.masked_fill(absent, 0.0)
     centered = (row - row.sum(1, keepdim=True) / count).masked_fill(absent, 0.0)
     variance = centered.square().sum(1, keepdim=True) / count
-    # The square root of 0 has no finite derivative; this one is 0 where the row is constant.
-    constant = variance == 0
-    deviation = variance.masked_fill(constant, 1.0).sqrt().masked_fill(constant, 0.0)
-    return 1 / (deviation + LEAST_DEVIATION)
+    # The mean of a constant row is rounded.
+    rounding = torch.finfo(row.dtype).eps * row.detach().abs().amax(1, keepdim=True)
+    constant = variance <= rounding.square()
+    return variance.masked_fill(constant, torch.inf).rsqrt()

@@ -154,9 +154,7 @@ def _target_kl(plan: Plan, term: PlanTerm, rows: list[Tensor], target: Tensor) -
 
     student, teacher = log_odds(term.student), log_odds(term.teacher)
     teacher = teacher.detach() if term.detach else teacher
-    pairs = [
-        (F.logsigmoid(sign * teacher), F.logsigmoid(sign * student)) for sign in (1.0, -1.0)
-    ]
+    pairs = [(F.logsigmoid(sign * teacher), F.logsigmoid(sign * student)) for sign in (1.0, -1.0)]
     return torch.stack([log_p.exp() * (log_p - log_q) for log_p, log_q in pairs]).sum(0)
 
 

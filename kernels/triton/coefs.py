@@ -271,8 +271,8 @@ def row_coefs(gradient, weights, term_weights, stats, SPEC: tl.constexpr, TILE: 
     """The quantities [R, 1] that all columns of a row share.
 
     Returns the coefficients (of each softmax's exponentials, of edges, external edges, normalized
-    edges, errors), of the target by node, of 1 by node, and for each probability mixture the gradients for
-    its weights.
+    edges, errors), of the target by node, of 1 by node, and for each probability mixture the
+    gradients for its weights.
     """
     sums = stats[SPEC.layout.sums.start : SPEC.layout.sums.stop]
     means = stats[SPEC.layout.means.start : SPEC.layout.means.stop]

@@ -196,15 +196,8 @@ def external_values(
 
 
 @triton.jit
-def log_odds(
-    maxima,
-    sums,
-    label_logit,
-    F: tl.constexpr,
-    SPEC: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """The logit of the label's probability, from a node's label logit and its non-target softmax."""
+def log_odds(maxima, sums, label_logit, F: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """The logit of the label's probability, from a node's label logit and non-target softmax."""
     scaled_node: tl.constexpr = SPEC.main.softmaxes[F].scaled_node
     gap = label_logit * SPEC.main.scaled_nodes[scaled_node].scale - maxima[scaled_node]
     return (gap * SPEC.main.softmaxes[F].ratio - log2(sums[F], TILE)) * LN2

@@ -119,7 +119,11 @@ class _Builder:
             self._add_target(number, term)
         elif self.plan.is_external(term.teacher) and term.direction != JENSEN_SHANNON:
             self._add_external(number, term)
-        elif term.direction == JENSEN_SHANNON or self.plan.is_probability(term.teacher) or self._exact_eps(term):
+        elif (
+            term.direction == JENSEN_SHANNON
+            or self.plan.is_probability(term.teacher)
+            or self._exact_eps(term)
+        ):
             self._add_normalized(number, term)
         else:
             self._add_edge(number, term)
@@ -132,7 +136,9 @@ class _Builder:
         teacher = self.index[term.teacher, term.temperature]
         if not term.detach:
             self.learning.add(teacher)
-        inputs = [self.nodes[k - self.plan.first_derived].inputs for k in (term.student, term.teacher)]
+        inputs = [
+            self.nodes[k - self.plan.first_derived].inputs for k in (term.student, term.teacher)
+        ]
         self.target_edges.append(
             TargetEdge(
                 term=number,
