@@ -248,6 +248,27 @@ def target_values(terms, maxima, sums, label_logits, SPEC: tl.constexpr, TILE: t
 
 
 @triton.jit
+def normalized_values(terms, normalized, SPEC: tl.constexpr):
+    """The terms with the values of the normalized edges."""
+    for e in tl.static_range(len(SPEC.normalized_edges)):
+        value = normalized[2 * e]
+        if SPEC.normalized_edges[e].beta > 0:
+            value += normalized[2 * e + 1]
+        value = value * SPEC.normalized_edges[e].scale
+        terms = add_at(terms, SPEC.normalized_edges[e].term, value)
+    return terms
+
+
+@triton.jit
+def error_values(terms, plain, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """The terms with the values of the errors."""
+    for e in tl.static_range(len(SPEC.main.errors)):
+        value = plain[SPEC.first_error + e] * (SPEC.main.errors[e].scale / TILE.num_classes)
+        terms = add_at(terms, SPEC.main.errors[e].term, value)
+    return terms
+
+
+@triton.jit
 def all_node_sums(plain, weights, SPEC: tl.constexpr):
     """The sums of all nodes over the classes, from the plain sums of the main pass."""
     node_sums = linear_rows(plain[: SPEC.num_logits], weights, SPEC)
@@ -304,16 +325,9 @@ def forward_row(
         # A soft target gives the label logits only now.
         row_state = (weights, node_label_logits, chosen)
         normalized = normalized_pass(inputs, row_state, rows, maxima, sums, partials, SPEC, TILE)
-        for e in tl.static_range(len(SPEC.normalized_edges)):
-            value = normalized[2 * e]
-            if SPEC.normalized_edges[e].beta > 0:
-                value += normalized[2 * e + 1]
-            value = value * SPEC.normalized_edges[e].scale
-            terms = add_at(terms, SPEC.normalized_edges[e].term, value)
+        terms = normalized_values(terms, normalized, SPEC)
     terms, slopes = target_values(terms, maxima, sums, node_label_logits, SPEC, TILE)
-    for e in tl.static_range(len(SPEC.main.errors)):
-        value = plain[SPEC.first_error + e] * (SPEC.main.errors[e].scale / TILE.num_classes)
-        terms = add_at(terms, SPEC.main.errors[e].term, value)
+    terms = error_values(terms, plain, SPEC, TILE)
 
     loss = row_constant(NEGATIVE_ZERO, TILE)
     for t in tl.static_range(tl.constexpr(SPEC.num_terms)):
