@@ -179,6 +179,7 @@ def test_split_kernels_stay_within_budget(branches: int, classes: int, dtype: st
 
 def split_graph(name: str, soft_target: bool) -> None:
     plan = lower(GRAPHS[name]())
+    soft_target = soft_target and not plan.needs_labels
     tile = launch_tile(plan, 8, 100001, "bf16", soft_target=soft_target)
     spec = specialize(plan)
     stages = ["first"] * spec.needs_first_pass(soft_target) + ["main"]
@@ -201,6 +202,7 @@ def test_every_split_graph_compiles_without_spills(name: str, soft_target: bool)
 
 def compile_graph(name: str, classes: int, dtype: str, soft_target: bool) -> None:
     plan = lower(GRAPHS[name]())
+    soft_target = soft_target and not plan.needs_labels
     tile = launch_tile(plan, 1024, classes, dtype, soft_target=soft_target)
     for which in ("forward", "backward"):
         cost = measure(compile_kernel(which, plan, tile, dtype), tile)
@@ -209,7 +211,13 @@ def compile_graph(name: str, classes: int, dtype: str, soft_target: bool) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "soft_target"), [("mixed probabilities", True), ("first-order eps", False)]
+    ("name", "soft_target"),
+    [
+        ("mixed probabilities", True),
+        ("first-order eps", False),
+        ("decoupled", False),
+        ("divergences", True),
+    ],
 )
 def test_graph_compiles_without_spills(name: str, soft_target: bool) -> None:
     compile_graph(name, 10, "fp32", soft_target)

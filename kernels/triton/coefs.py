@@ -176,9 +176,8 @@ def error_coefs(gradient, term_weights, SPEC: tl.constexpr, TILE: tl.constexpr):
     """For each error the factor of the difference, or of its sign, in the gradient."""
     coefs = ()
     for e in tl.static_range(len(SPEC.main.errors)):
-        slope: tl.constexpr = 2.0 if SPEC.main.errors[e].squared else 1.0
-        factor: tl.constexpr = SPEC.main.errors[e].scale * slope / TILE.num_classes
-        coefs = coefs + (gradient * tl.load(term_weights + SPEC.main.errors[e].term) * factor,)
+        coef = gradient * tl.load(term_weights + SPEC.main.errors[e].term)
+        coefs = coefs + (coef * (SPEC.main.errors[e].slope / TILE.num_classes),)
     return coefs
 
 

@@ -103,6 +103,8 @@ class Error(NamedTuple):
 
     term: int
     scale: float
+    slope: float
+    """The scale of the gradient"""
     student: int
     teacher: int
     teacher_learns: bool

@@ -108,8 +108,9 @@ class _Builder:
 
     def _add(self, number: int, term: PlanTerm) -> None:
         if term.kind >= SQUARED_ERROR:
-            pair = term.student, term.teacher, not term.detach
-            self.errors.append(Error(number, term.scale, *pair, term.kind == SQUARED_ERROR))
+            pair, squared = (term.student, term.teacher), term.kind == SQUARED_ERROR
+            slope = term.scale * (2.0 if squared else 1.0)
+            self.errors.append(Error(number, term.scale, slope, *pair, not term.detach, squared))
             return
         student = self.index[term.student, term.temperature]
         self.learning.add(student)
