@@ -60,7 +60,7 @@ def check(
         [row.detach().double().requires_grad_() for row in inputs.logits],
         {name: value.detach().double().requires_grad_() for name, value in inputs.weights.items()},
         {name: value.double() for name, value in inputs.externals.items()},
-        inputs.target.double() if soft else inputs.target,
+        inputs.target.double() if inputs.target.is_floating_point() else inputs.target,
         inputs.kd_weight,
     )
     upstream = torch.linspace(-1, 2, batch, dtype=torch.float64, device=device)

@@ -59,6 +59,8 @@ def check_catalog_case(
         ("tsb_student_first", 3, 10, torch.float32, True),
         ("eps_exact", 3, 10, torch.float32, False),
         ("student_first_logits", 2, 100, torch.float32, True),
+        ("decoupled_mixtures", 3, 10, torch.float32, False),
+        ("jensen_shannon_probabilities", 3, 10, torch.float32, False),
     ],
 )
 def test_catalog_graph_is_as_accurate_as_torch(
