@@ -3,11 +3,10 @@
     pytest bench/bench_loss.py --benchmark-group-by=group --benchmark-columns=min,median,rounds
 
 ``test_loss`` is AHBF (paper preset, four branches) at seven sizes, ``test_method`` the graph of
-every method at one, ``test_term`` a student with each divergence from a frozen teacher at two.
-``FASTOKD_BENCH_LARGE=1`` adds the sizes beyond 4 million logits; ``bench/suite.py`` has the other
-variables. The ``extra_info`` of ``test_loss`` holds the least number of bytes that the logits and
-their gradients need, and the share of the time that moving these takes at the measured bandwidth of
-a copy.
+every method at one. ``FASTOKD_BENCH_LARGE=1`` adds the sizes beyond 4 million logits;
+``bench/suite.py`` has the other variables. The ``extra_info`` of ``test_loss`` holds the least
+number of bytes that the logits and their gradients need, and the share of the time that moving
+these takes at the measured bandwidth of a copy.
 """
 
 import functools
@@ -20,7 +19,6 @@ import pytest
 import torch
 
 from bench.suite import DEVICE, DTYPE, SIZES, SMOKE, compiled, measure, synchronize
-from fastokd.graph import DIVERGENCES, CrossEntropy, Graph, Logits, with_divergence
 from fastokd.losses import AHBFLoss, GraphLoss
 from fastokd.methods import get_method, list_methods
 from fastokd.ops.executors import executor_states
@@ -30,8 +28,6 @@ pytest.importorskip("pytest_benchmark", reason="pip install -e '.[bench]'")
 BRANCHES = 4
 LARGE = 4_000_000
 METHOD_SIZE = (4, 10) if SMOKE else (128, 100)
-TERM_SIZES = ((4, 10),) if SMOKE else ((128, 100), (96, 1000))
-STUDENT = Graph("student", (Logits("student"),), (CrossEntropy("student"),))
 EXECUTOR = {"cpu": "cpu", "cuda": "triton"}[DEVICE.type]
 PROVIDERS = ["eager", "compiled", "fused"]
 
@@ -163,38 +159,6 @@ def test_method(benchmark: Any, method: str, provider: str) -> None:
         branches=chosen.default_branches,
         nodes=len(graph.nodes),
         terms=len(graph.terms),
-        batch=batch,
-        classes=classes,
-        dtype=str(DTYPE),
-    )
-
-
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("standardize", [False, True], ids=["", "standardized"])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("size", TERM_SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-def test_term(
-    benchmark: Any, size: tuple[int, int], divergence: str, standardize: bool, provider: str
-) -> None:
-    """Forward and backward of a student's cross-entropy and one term from a frozen teacher."""
-    if standardize and divergence in ("mse", "l1"):
-        pytest.skip("the errors of logits are not defined for standardized rows")
-    batch, classes = size
-    graph = STUDENT.with_teacher("student", temperature=4.0)
-    graph = with_divergence(graph, divergence, standardize=standardize)
-    torch.manual_seed(0)
-    (student,) = random_logits(batch, classes, 1, True)
-    (teacher,) = random_logits(batch, classes, 1, False)
-    target = torch.randint(classes, (batch,), device=DEVICE)
-    loss = make_loss(provider, functools.partial(GraphLoss, graph))
-    name = f"standardized {divergence}" if standardize else divergence
-    benchmark.group = f"{batch}x{classes} {name}"
-    step = make_step(lambda: loss([student], target, teacher=teacher), [student], True)
-    measure(
-        benchmark,
-        step,
-        provider=provider,
-        divergence=name,
         batch=batch,
         classes=classes,
         dtype=str(DTYPE),

@@ -270,7 +270,7 @@ def blocks() -> dict[str, list[str]]:
             "loss-*.json",
         ),
         "methods": _of_each(method_table, "loss-*.json"),
-        "terms": _of_each(term_table, "loss-*.json"),
+        "terms": _if_measured(term_table, "terms-cpu.json"),
         "gates": _if_measured(gate_table, "gate-cpu.json"),
         "start": _if_measured(start_table, "start-cpu.json"),
         "data": _if_measured(data_tables, "data-cpu.json"),

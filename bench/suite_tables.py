@@ -147,9 +147,7 @@ def method_table(path: Path) -> list[str]:
 def term_table(path: Path) -> list[str]:
     """Every divergence from a frozen teacher on one machine."""
     found = read(path)
-    groups = _grouped(by_test(found).get("test_term", []), "divergence", "batch", "classes")
-    if not groups:
-        return NOT_MEASURED
+    groups = _grouped(by_test(found)["test_term"], "divergence", "batch", "classes")
     rows = [
         (divergence, f"{batch} x {classes}", *_provider_cells(providers))
         for (divergence, batch, classes), providers in groups.items()
