@@ -126,7 +126,9 @@ def completed(config: TrainConfig) -> TrainConfig:
     from fastokd.models import split_point
 
     if config.at is None:
-        at = split_point(config.model, config.method, config.num_branches(), config.topology)
+        layout = config.model, config.method, config.num_branches(), config.topology
+        needs_trunk = config.freeze_epochs > 0 or config.trunk_lr != 1
+        at = split_point(*layout, needs_trunk=needs_trunk)
         config = dataclasses.replace(config, at=at)
     names = (*config.model_names(), config.method, config.data.partition(":")[0], config.loader)
     found = plugins.origins((*names, config.impl))

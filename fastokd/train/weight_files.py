@@ -83,7 +83,15 @@ def unwrapped(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor]
     if not tensors:
         names = summarize([str(name) for name in content])
         raise CheckpointError(f"{path} has no weights: no dictionary of tensors ({names})")
-    return strip_wrappers(tensors), ".".join(entries)
+    return current_names(strip_wrappers(tensors)), ".".join(entries)
+
+
+def current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names of today's torchvision, whose published DenseNet files have older
+    names: "denselayer1.norm.1.weight" is now "denselayer1.norm1.weight".
+    """
+    older = re.compile(r"(\bdenselayer\d+\.(?:norm|conv))\.([12]\.)")
+    return {older.sub(r"\1\2", name): value for name, value in tensors.items()}
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
