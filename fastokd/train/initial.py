@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastokd.errors import CheckpointError, ConfigError, summarize
 from fastokd.export import find_export
 from fastokd.export.state_dict import TWINS
-from fastokd.models import BranchedModel
+from fastokd.models import BranchedModel, model_name
 from fastokd.models.libraries import without_auxiliary
 from fastokd.train.config import TrainConfig
 from fastokd.train.copies import copy_to_branches, separate
@@ -130,6 +130,7 @@ def published_weights(name: str) -> PretrainedWeights:
     Raises:
         ConfigError, MissingExtra: as ``pretrained_weights``.
     """
+    name = name if ":" in name else model_name(name)
     if ":" not in name and name not in TWINS["torchvision"]:
         known = ", ".join(TWINS["torchvision"])
         raise ConfigError(

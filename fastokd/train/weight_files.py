@@ -52,9 +52,10 @@ def read_file(path: Path) -> tuple[Mapping[str, Any], bool]:
         return load_file(path), is_own
     except Exception as error:  # damaged bytes raise many kinds
         reason = first_line(error)
-        if reason.isdigit():  # a KeyError of pickle for text
+        # torch's errors for bytes that are no pickle, such as text
+        if reason.isdigit() or "Unsupported operand" in str(error):
             reason = "it was not written by torch.save or safetensors"
-        if "weights_only" in str(error) or "Weights only" in reason:
+        elif "weights_only" in str(error) or "Weights only" in reason:
             named = re.search(r"(?:GLOBAL|global|class) '?([\w.]+\.\w+)", str(error))
             raise CheckpointError(
                 f"{path} has pickled objects other than tensors"
