@@ -16,9 +16,7 @@ from torchvision.models.vision_transformer import EncoderBlock
 
 from fastokd.models import create_model, create_student
 from fastokd.models.branch_out import AddedBlock
-from fastokd.models.identity import zeros_for_identity
-from fastokd.models.residual import BasicBlock, Bottleneck
-from fastokd.train import copies
+from fastokd.models.residual import BasicBlock, Bottleneck, zeros_for_identity
 from fastokd.train import initial as initial_weights
 from fastokd.train.initial import start_from
 
@@ -136,8 +134,7 @@ def digits():
 def differences_after_training(tmp_path, digits, monkeypatch, separated=True, **changes):
     """The largest difference of two branches' logits after an epoch from trained weights."""
     if not separated:
-        for module in (copies, initial_weights):
-            monkeypatch.setattr(module, "separate", lambda *_: None)
+        monkeypatch.setattr(initial_weights, "separate", lambda *_: 0)
     torch.save(moved(create_student("resnet8", 10)).state_dict(), tmp_path / "w.pth")
     config = dataclasses.replace(SHORT_RUN, epochs=1, weights=str(tmp_path / "w.pth"), **changes)
     trainer = make(config, tmp_path / "run", digits)
@@ -150,10 +147,22 @@ EQUAL_DEPTH = {"method": "cl_ilr", "branches": 3}
 VIEWS = {**EQUAL_DEPTH, "branch_views": True, "auto_augment": "trivialaugment"}
 
 
-@pytest.mark.parametrize("changes", [EQUAL_DEPTH, {"method": "dml", "branches": 2}])
-def test_noise_separates_branches_and_peers_of_equal_depth(tmp_path, digits, monkeypatch, changes):
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (EQUAL_DEPTH, "copies of the student's, with noise on the last layers of 2 of equal depth"),
+        (
+            {"method": "dml", "branches": 2},
+            "1 peers equal the student's: noise is added to their last layers",
+        ),
+    ],
+)
+def test_noise_separates_branches_and_peers_of_equal_depth(
+    tmp_path, digits, monkeypatch, changes, line
+):
     found = differences_after_training(tmp_path, digits, monkeypatch, **changes)
     assert min(found) > 1e-3
+    assert line in (tmp_path / "run/log.txt").read_text()
 
 
 def test_copies_stay_equal_without_any_difference(tmp_path, digits, monkeypatch):

@@ -15,9 +15,8 @@ from fastokd.methods import get_method
 from fastokd.models import tracing
 from fastokd.models.assembly import assemble, check_layout, check_num_classes
 from fastokd.models.branched import Backbone, Branch, BranchedModel
-from fastokd.models.identity import NORMS, zeros_for_identity
 from fastokd.models.layers import conv
-from fastokd.models.residual import ResidualBlock
+from fastokd.models.residual import NORMS, ResidualBlock, zeros_for_identity
 from fastokd.models.tracing import Shapes, get, list_split_points, put, target
 
 Init = Literal["auto", "copy", "fresh"]
@@ -226,30 +225,22 @@ class Split:
     def _grown(self, network: nn.Module, shapes: Shapes) -> tuple[str, str | None]:
         """The module after which blocks are added; the block to copy, None for ``AddedBlock``."""
         calls = [node for node in self.body_nodes if node.op == "call_module"]
-        blocks = list(self._repeatable(network, shapes, calls))
-        for name, shape in blocks:
-            if _is_residual(network.get_submodule(name), shape):
-                return name, name
+        targets, other = tuple(f"{target(node)}." for node in calls), ""
+        # A block finishes after the blocks inside it.
+        for call in reversed(shapes.modules.values()):
+            keeps_shape = call.shape_in is not None and call.shape_in == call.shape_out
+            if call.calls == 1 and keeps_shape and f"{call.name}.".startswith(targets):
+                block = network.get_submodule(call.name)
+                siblings = network.get_submodule(call.name.rpartition(".")[0]).children()
+                if tracing.repeats(block, siblings):
+                    if _is_residual(block, call.shape_in):
+                        return call.name, call.name
+                    other = other or call.name
         shape = shapes.nodes[self.features]
         ends = [target(node) for node in calls if shapes.nodes.get(node) == shape]
         if ends and isinstance(self.view, nn.Identity):
             return ends[-1], None
-        return (blocks[0][0], blocks[0][0]) if blocks else ("", None)
-
-    @staticmethod
-    def _repeatable(
-        network: nn.Module, shapes: Shapes, calls: Sequence[fx.Node]
-    ) -> Iterator[tuple[str, torch.Size]]:
-        """The blocks that keep their input's shape, the last first, with that shape."""
-        targets = tuple(f"{target(node)}." for node in calls)
-        # A block finishes after the blocks inside it.
-        for call in reversed(shapes.modules.values()):
-            shape = call.shape_in
-            if call.calls == 1 and shape is not None and shape == call.shape_out:
-                siblings = network.get_submodule(call.name.rpartition(".")[0]).children()
-                block = network.get_submodule(call.name)
-                if f"{call.name}.".startswith(targets) and tracing.repeats(block, siblings):
-                    yield call.name, shape
+        return other, other or None
 
     def branch(
         self, source: nn.Module, num_blocks: int, new_block: Callable[[nn.Module], nn.Module]
@@ -370,13 +361,11 @@ class AddedBlock(ResidualBlock):
         return self.add(self.residual(x), x)
 
 
-def _is_residual(block: nn.Module, shape: Sequence[int]) -> bool:
-    """True if a block can start as the identity, or needs further arguments, so that this is not
-    known. Its input has the given shape.
-    """
+def _is_residual(block: nn.Module, shape: Any) -> bool:
+    """True if a block can start as the identity, or if its forward needs further arguments."""
     with torch.device("cpu"):
-        x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
         try:
+            x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
             return zeros_for_identity(block, x) is not None
         except Exception:  # a forward without its further arguments raises any exception
             return True

@@ -153,26 +153,16 @@ def find_backbone(
 
 
 def split_point(
-    name: str,
-    method: str,
-    num_branches: int,
-    topology: str | None = None,
-    *,
-    needs_trunk: bool = False,
+    name: str, method: str, num_branches: int, topology: str | None = None
 ) -> str | None:
-    """The recommended split point of a library's or user's network whose branches share a trunk, or
-    whose trunk is trained differently (``needs_trunk``); None for other networks and layouts.
-    Arguments as for ``create_model``.
+    """The recommended split point of a library's or user's network whose branches share a trunk;
+    None for other networks and layouts. Arguments as for ``create_model``.
     """
     names = [part.strip() for part in name.split(",")]
-    if len(names) > 1 or not is_library_name(name):
+    shares_trunk = (topology or get_method(method).topologies[0]) == "branches"
+    if len(names) > 1 or not is_library_name(name) or num_branches < 2 or not shares_trunk:
         return None
-    if num_branches > 1 and (topology or get_method(method).topologies[0]) == "branches":
-        return recommended_split_point(name)
-    try:
-        return recommended_split_point(name) if needs_trunk else None
-    except ConfigError:  # the network cannot be split, and need not be
-        return None
+    return recommended_split_point(name)
 
 
 def allowed_methods(name: str) -> list[str]:

@@ -11,31 +11,24 @@ from torch import Tensor, nn
 from fastokd.models import BranchedModel
 from fastokd.models.branch_out import NOISE, AddedBlock, Blocks
 from fastokd.models.branched import Peer
-from fastokd.models.identity import zeros_for_identity
+from fastokd.models.residual import zeros_for_identity
 
 
 @torch.no_grad()
 def copy_to_branches(
-    model: BranchedModel,
-    image_size: tuple[int, int],
-    seed: int,
-    fresh: Collection[Tensor] = (),
-    own_views: bool = False,
+    model: BranchedModel, image_size: tuple[int, int], fresh: Collection[Tensor] = ()
 ) -> int:
     """Copy the kept branch's values into all other branches of a model with a trunk.
 
     A tensor with more input channels (after additional dense layers) gets the values in its first
     channels and zeros in the rest. Additional blocks become the identity if zeros in some of their
-    parameters are enough, as for residual blocks, and otherwise stay as initialized. Equal branches
-    get noise, see ``separate``.
+    parameters are enough, as for residual blocks, and otherwise stay as initialized. Branches of
+    equal depth need ``separate`` or different images.
 
     Args:
         image_size: height and width of the images on which blocks are compared with the identity.
-        seed: of the noise.
         fresh: tensors of the kept branch whose counterparts stay as initialized, e.g. a new last
             layer.
-        own_views: every branch is trained on its own views of the images, which differ; then equal
-            branches get no noise.
 
     Returns:
         The number of branches with other features, since some of their blocks are not the identity.
@@ -49,22 +42,26 @@ def copy_to_branches(
         blocks = _new_blocks(branch, kept)
         others = len(blocks) - len(_make_identities(model, branch, blocks, image_size))
         different += others > 0 and not _has_same_features(model, branch, image_size)
-    if not own_views:
-        separate(model, seed)
     return different
 
 
 @torch.no_grad()
-def separate(model: BranchedModel, seed: int) -> None:
+def separate(model: BranchedModel, seed: int) -> int:
     """Add noise to the heads of branches or peers whose parameters equal the kept one's: of a tenth
     of each weight's standard deviation. Equal branches would get equal gradients and stay equal.
+
+    Returns:
+        The number of these branches or peers.
     """
+    count = 0
     generator = torch.Generator().manual_seed(seed)
     kept = list(model.branches[model.kept].parameters())
     for index, branch in enumerate(model.branches):
         own = list(branch.parameters())
         if index != model.kept and len(own) == len(kept) and all(map(torch.equal, own, kept)):
             _add_noise(branch, generator)
+            count += 1
+    return count
 
 
 def _copy_tensors(branch: nn.Module, kept: nn.Module, fresh: Collection[Tensor]) -> None:

@@ -184,7 +184,8 @@ def start_from(
         image_size: height and width of the images on which new blocks are compared with the
             identity.
         seed: of the noise.
-        own_views: see ``copy_to_branches``.
+        own_views: every branch is trained on its own views of the images, which differ; then equal
+            branches get no noise.
 
     Returns:
         Lines about what was loaded, skipped and is new.
@@ -197,16 +198,20 @@ def start_from(
         return []
     if model.trunk is None:
         lines = _start_peers(model, initial, classes, branch_init)
-        if not own_views:
-            separate(model, seed)
+        noisy = 0 if own_views else separate(model, seed)
+        if noisy:
+            lines.append(f"{noisy} peers equal the student's: noise is added to their last layers")
         return lines
     fresh, line = _load_into(model.live_student(model.kept), initial[0], classes)
     if model.num_branches == 1 or branch_init == "fresh":
         return [line]
-    different = copy_to_branches(model, image_size, seed, fresh, own_views)
+    different = copy_to_branches(model, image_size, fresh)
+    noisy = 0 if own_views else separate(model, seed)
     copies = "the other branches start as copies of the student's"
     if own_views:
         copies += ", without noise because their views of the images differ"
+    if noisy:
+        copies += f", with noise on the last layers of {noisy} of equal depth"
     if different:
         copies += f"; {different} of them have additional blocks that start fresh, since they"
         copies += " cannot be the identity"
