@@ -228,7 +228,7 @@ def offline(tmp_path, monkeypatch):
         (
             ["--model", "timm:test_resnet", "--pretrained", "true"],
             r"https://huggingface\.co/timm/test_resnet\.r160_in1k/resolve/main/model\.safetensors",
-            r"get it: pass it with --weights FILE",
+            r"copy that file here and pass it with --weights FILE",
         ),
     ],
 )

@@ -45,10 +45,12 @@ class PretrainedWeights(NamedTuple):
         try:
             return current_names(self.load())
         except Exception as error:  # the libraries' downloads raise any exception
-            cached = f"copy that file to {self.cache}, or {fix}" if self.cache else f"get it: {fix}"
+            cached = (
+                f"copy that file to {self.cache}, or" if self.cache else "copy that file here and"
+            )
             raise CheckpointError(
                 f"the weights of {self.name} cannot be downloaded from {self.source}"
-                f" ({first_line(error)}); without network access, {cached}"
+                f" ({first_line(error)}); without network access, {cached} {fix}"
             ) from error
 
 
