@@ -16,7 +16,7 @@ from fastokd.models import BranchedModel, find_backbone
 from fastokd.models.summary import check_images
 from fastokd.train.build import before_teaching, build_model, is_before_teaching, meta_model
 from fastokd.train.config import TrainConfig
-from fastokd.train.copies import copy_to_branches
+from fastokd.train.copies import copy_to_branches, separate
 from fastokd.train.data import AnyDataset
 from fastokd.train.describe import describe_fine_tuning
 from fastokd.train.distributed import Ranks
@@ -142,12 +142,15 @@ def copy_student(
         student: the state dict of the model of ``before_teaching``.
         image_size: height and width of the images.
         seed: of the noise.
-        own_views: see ``copy_to_branches``.
+        own_views: every branch is trained on its own views of the images, which differ; then equal
+            branches get no noise.
     """
     own = model.state_dict()
     for name, value in student.items():
         own[kept_name(name, model.kept)].copy_(value)
-    copy_to_branches(model, image_size, seed, own_views=own_views)
+    copy_to_branches(model, image_size)
+    if not own_views:
+        separate(model, seed)
 
 
 def carry_over(step: TrainStep, student: Mapping[str, Any]) -> None:

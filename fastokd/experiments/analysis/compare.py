@@ -397,9 +397,10 @@ def _difference_table(comparison: Comparison) -> Table:
         *dict.fromkeys(mixed),
         *(reason.format("; ".join(each)) for reason, each in missing.items()),
     ]
-    head = ("runs", "difference, equal epochs", "p", "difference, equal compute", "p")
+    kinds = ("equal epochs", "equal compute")
+    head = [name for kind in kinds for name in (f"difference, {kind}", f"p, {kind}")]
     title = "Differences of the students' last errors from the same network alone"
-    return Table(title, (*head, "epochs alone"), tuple(rows), tuple(notes))
+    return Table(title, ("runs", *head, "epochs alone"), tuple(rows), tuple(notes))
 
 
 def difference_cells(test: PairedTest | None, is_reference: bool) -> tuple[str, str]:
