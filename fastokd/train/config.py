@@ -53,14 +53,14 @@ class TrainConfig:
     )
     at: str | None = MODEL(
         None,
-        "First module that is separate for each branch (torchvision, timm and own networks), e.g."
-        " layer3",
+        "First module that is separate for each branch (torchvision, timm and custom networks),"
+        " e.g. layer3",
         unset="recommended; see 'fastokd models NAME'",
         role=TRAINED,
     )
     plugin: tuple[str, ...] = MODEL(
         (),
-        "Python code that registers own methods, networks or datasets: FILE.py or MODULE",
+        "Python code that registers custom methods, networks or datasets: FILE.py or MODULE",
         role=EXECUTION,
     )
     method: str = METHOD("ahbf", "Distillation method", role=TRAINED)
@@ -260,7 +260,8 @@ class TrainConfig:
     )
     auto_augment: str = DATA(
         "none",
-        "Augmentation policy, applied to each image after crop and flip",
+        "Augmentation policy, applied to each image after crop and flip: randaugment,"
+        " trivialaugment, autoaugment or augmix",
         choices=_list_policies,
         role=SPEED,
     )

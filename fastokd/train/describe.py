@@ -7,17 +7,15 @@ from collections.abc import Sequence
 from fastokd.data.augment import Augment
 from fastokd.errors import summarize
 from fastokd.losses.method_loss import MethodLoss
-from fastokd.train.config import TrainConfig
+from fastokd.train.config import TrainConfig, method_of
 from fastokd.train.data import AnyDataset
 
 
 def describe_run(config: TrainConfig) -> str:
     """Network, method and number of branches."""
     count = config.num_branches()
-    return (
-        f"{config.model}, method {config.method} ({config.preset}), {count}"
-        f" branch{'es' * (count > 1)}"
-    )
+    preset = f" ({config.preset})" * (len(method_of(config).loss_class.presets) > 1)
+    return f"{config.model}, method {config.method}{preset}, {count} branch{'es' * (count > 1)}"
 
 
 def describe_data(data: AnyDataset) -> str:
@@ -94,6 +92,8 @@ def describe_loss(criterion: MethodLoss, config: TrainConfig) -> str:
             line += f", {config.kd_weight_at(last):.3g} in epoch {last + 1}"
         if last + 1 < config.epochs:
             line += " and 1 afterwards"
+    elif any(scheduled for _, _, scheduled in terms):
+        line += "; kd_weight is 1 (no ramp-up)"
     return line
 
 
