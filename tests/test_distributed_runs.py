@@ -439,3 +439,15 @@ def test_user_error_is_reported_once(tmp_path):
         " 64\n"
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_missing_gpus_are_reported_once(tmp_path):
+    words = ["-m", "fastokd", *rank_runs.COMMAND, "--gpus", "2", "--out", tmp_path / "run"]
+    at = words.index("--device")
+    code, output, errors = finish(start([*words[:at], *words[at + 2 :]]))
+    assert (code, output) == (2, "")
+    assert errors == (
+        "fastokd: device 'cuda' does not exist: torch sees 0 GPUs; use --device cpu or see"
+        " 'fastokd doctor'\n"
+    )

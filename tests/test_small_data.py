@@ -50,10 +50,9 @@ def test_defaults_train_six_hundred_images(six_hundred, tmp_path, capsys):
     train += ["--aux-blocks", "0", "--out", str(out), "--device", "cpu", "--resume", "auto"]
     assert main([*train, "--epochs", "6"]) == 0
     output = capsys.readouterr().out
-    assert "few images: batch size 16 and learning rate 0.0125 instead of 128 and 0.1" in output
-    assert (
-        "37 steps per epoch of 16 images; 8 of 600 images, others in each epoch, are dr" in output
-    )
+    few = "few images: the default batch size is 16 and the default learning rate 0.0125 instead of"
+    assert f"{few} 128 and 0.1" in output
+    assert "37 steps per epoch of 16 images; each epoch drops 8 of 600 images, drawn at" in output
     assert "advice" not in output
     config = RunFolder(out).load_config()
     assert (config.batch_size, config.lr) == (16, 0.0125)
@@ -65,7 +64,22 @@ def test_defaults_train_six_hundred_images(six_hundred, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "4 steps per epoch of 128 images" in output
     assert "fewer than 20 steps; try --batch-size 16 --lr 0.0125, and more --epochs" in output
-    assert "kd_weight only reaches 0.0067 in 1 epochs" in output
+    assert "kd_weight only reaches 0.0067 in 1 epoch, so" in output
+
+
+def test_sweep_has_the_defaults_of_small_data(six_hundred, tmp_path, capsys):
+    sweep = ["sweep", "--data", str(six_hundred), "--set", "model=resnet8", "--dry-run"]
+    few = "few images: the default batch size is 16 and the default learning rate 0.0125"
+    for settings, size in ((), 16), (("--set", "lr=0.1"), 128), (("--set", "batch_size=64,32"), 64):
+        out = tmp_path / f"sweep-{size}"
+        planned = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fastokd.cli.sweeps._run", lambda plan, *_: planned.append(plan) or 0)
+            assert main([*sweep, *settings, "--out", str(out)]) == 0
+        assert (few in capsys.readouterr().out) == (size == 16)
+        config = planned[0].points[0].config
+        assert (config.batch_size, config.lr) == (size, 0.0125 if size == 16 else 0.1)
+        assert planned[0].base.lr == config.lr
 
 
 def lines(share, steps=100, **settings):

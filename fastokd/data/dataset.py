@@ -163,7 +163,7 @@ class DataSource(Generic[S]):
             raise ConfigError(f"val_split={val_split}: must be a fraction in [0, 1)")
         if not val_split:
             if self.test is None:
-                problem = "no val/ or test/ images; hold some training images out with --val-split"
+                problem = "no val/ or test/ images; hold out training images, e.g. --val-split 0.1"
                 raise invalid(self.root or self.name, problem)
             return self.train, self.test, self.val
         if self.val is not None:
@@ -229,7 +229,7 @@ class SplitSet(Generic[S]):
         if found is None:
             fix = "use train, val or test"
             if name == "val":
-                fix = "hold some training images out with --val-split"
+                fix = "hold out training images, e.g. --val-split 0.1"
             raise ConfigError(f"{self.name} has no split '{name}'; {fix}")
         return found
 

@@ -60,7 +60,7 @@ class TrainConfig:
     )
     plugin: tuple[str, ...] = MODEL(
         (),
-        "Python code that registers own methods, networks or datasets: FILE.py or MODULE",
+        "Python code that registers custom methods, networks or datasets: FILE.py or MODULE",
         role=EXECUTION,
     )
     method: str = METHOD("ahbf", "Distillation method", role=TRAINED)
@@ -260,7 +260,8 @@ class TrainConfig:
     )
     auto_augment: str = DATA(
         "none",
-        "Augmentation policy, applied to each image after crop and flip",
+        "Augmentation policy, applied to each image after crop and flip: randaugment,"
+        " trivialaugment, autoaugment or augmix",
         choices=_list_policies,
         role=SPEED,
     )

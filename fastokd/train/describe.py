@@ -7,17 +7,15 @@ from collections.abc import Sequence
 from fastokd.data.augment import Augment
 from fastokd.errors import summarize
 from fastokd.losses.method_loss import MethodLoss
-from fastokd.train.config import TrainConfig
+from fastokd.train.config import TrainConfig, method_of
 from fastokd.train.data import AnyDataset
 
 
 def describe_run(config: TrainConfig) -> str:
     """Network, method, number of branches and split point."""
     count = config.num_branches()
-    line = (
-        f"{config.model}, method {config.method} ({config.preset}), {count}"
-        f" branch{'es' * (count > 1)}"
-    )
+    preset = f" ({config.preset})" * (len(method_of(config).loss_class.presets) > 1)
+    line = f"{config.model}, method {config.method}{preset}, {count} branch{'es' * (count > 1)}"
     return f"{line} from {config.at} on" if config.at and count > 1 else line
 
 
@@ -106,6 +104,8 @@ def describe_loss(criterion: MethodLoss, config: TrainConfig) -> str:
             line += f", {config.kd_weight_at(last):.3g} in epoch {last + 1}"
         if last + 1 < config.epochs:
             line += " and 1 afterwards"
+    elif any(scheduled for _, _, scheduled in terms):
+        line += "; kd_weight is 1 (no ramp-up)"
     return line
 
 
