@@ -127,6 +127,8 @@ def _kl(plan: Plan, term: PlanTerm, rows: list[Tensor]) -> Tensor:
     else:
         log_p = F.log_softmax(teacher / term.temperature, 1)
         p = log_p.exp()
+    # A class that both rows mask: it has no share in the value, and eps is for those that exist.
+    absent = (p <= PROBABILITY_FLOOR) & (log_q < -MASKED_LOSS)
     if term.direction == STUDENT_FIRST:
         return (log_q.exp() * (log_q - log_p)).sum(1)
     if term.direction == JENSEN_SHANNON:
@@ -136,11 +138,10 @@ def _kl(plan: Plan, term: PlanTerm, rows: list[Tensor]) -> Tensor:
         return (of_teacher + (1 - beta) * log_q.exp() * (log_q - log_m)).sum(1)
     if term.eps_mode == EPS_EXACT:
         raised = p + term.eps
-        absent = (p == 0) & (log_q < -MASKED_LOSS)  # eps is for the classes that exist
         return (raised * (raised.log() - log_q)).masked_fill(absent, 0.0).sum(1)
-    value = (p * (log_p - log_q)).sum(1)
+    value = (p * (log_p - log_q)).masked_fill(absent, 0.0).sum(1)
     if term.eps_mode == EPS_FIRST_ORDER:
-        value = value + term.eps * (1 + log_p - log_q).sum(1)
+        value = value + term.eps * (1 + log_p - log_q).masked_fill(absent, 0.0).sum(1)
     return value
 
 

@@ -341,7 +341,8 @@ struct Backward : Rows<Real> {
     for (int64_t i = 0; i < padded; i += width) {
       const auto at = edge.at(i);
       if (student) {
-        const Vec g = js ? at.of_student - at.q * inner : swapped ? at.q * ((at.log_q - at.log_p) - inner) : at.q * whole - (at.p + edge.eps);
+        const Vec of_kl = swapped ? at.q * ((at.log_q - at.log_p) - inner) : at.q * whole - at.with_eps;
+        const Vec g = js ? at.of_student - at.q * inner : of_kl;
         store(g_student + i, load(g_student + i) + coef * g);
       }
       if (!teacher) continue;
@@ -374,13 +375,15 @@ struct Backward : Rows<Real> {
     const NodeState& node = nodes[n];
     const Incoming* in = incoming + node.first_incoming;
     const Real* v = value(n);
+    const Real masked = static_cast<Real>(kMaskedLoss);
     Real* to = node.g;
     for_vectors<Real>(padded, [&](auto k, int64_t i) __attribute__((always_inline)) {
       constexpr int unroll = decltype(k)::value;
       Vec g[unroll], x[unroll];
       for (int u = 0; u < unroll; ++u) {
         x[u] = load(v + i + u * width);
-        g[u] = node.pushed ? load(to + i + u * width) + node.constant : Vec{} + node.constant;
+        g[u] = node.pushed ? load(to + i + u * width) : Vec{};
+        if (node.constant != 0) g[u] += x[u] > Vec{} - masked ? Vec{} + node.constant : Vec{};
       }
       if (node.learns) {
         for (int s = program.node_softmaxes[n]; s < program.node_softmaxes[n + 1]; ++s) {

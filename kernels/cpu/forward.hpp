@@ -32,6 +32,7 @@ struct Forward : Rows<Real> {
   Vec* product_lanes;  // per node: sum of target times (value - maximum)
   Vec mass_lanes;
   Real* shifted_sums;  // per node: the sum of its values minus its maximum
+  Real* summed;        // per node: the number of columns in that sum
   Real* products;      // per node
   Real* losses;        // per node: the cross-entropy
   Real* deltas;        // per node: increase of the maximum
@@ -49,6 +50,7 @@ struct Forward : Rows<Real> {
     mixture_lanes = arena.take<Vec>(program.num_mixture_sums);
     product_lanes = arena.take<Vec>(program.num_nodes);
     shifted_sums = arena.take<Real>(program.num_nodes);
+    summed = arena.take<Real>(program.num_nodes);
     products = arena.take<Real>(program.num_nodes);
     losses = arena.take<Real>(program.num_nodes);
     deltas = arena.take<Real>(program.num_nodes);
@@ -95,7 +97,7 @@ struct Forward : Rows<Real> {
     for (int i = 0; i < program.num_mixture_sums; ++i) mixture_lanes[i] = Vec{};
     for (int n = 0; n < program.num_nodes; ++n) {
       product_lanes[n] = Vec{};
-      shifted_sums[n] = 0;
+      shifted_sums[n] = summed[n] = 0;
     }
     mass_lanes = Vec{};
   }
@@ -117,7 +119,9 @@ struct Forward : Rows<Real> {
       const Node& node = program.nodes[n];
       deltas[n] = 0;
       if (node.max_stat < 0 || node.sum_pass != pass) continue;
-      const Real here = row_maximum(value(n));
+      // Above masked classes, so that a chunk of these alone has sums of 0.
+      const Real lowest = -static_cast<Real>(kMaskedLoss), largest = row_maximum(value(n));
+      const Real here = largest < lowest && node.kind != kNonTarget ? lowest : largest;
       if (first_chunk) {
         maxima[n] = here;
       } else if (here > maxima[n]) {
@@ -126,8 +130,8 @@ struct Forward : Rows<Real> {
         raised = true;
       }
       if (node.wants_sum) {
-        shifted_sums[n] -= deltas[n] * real(static_cast<double>(start));
-        shifted_sums[n] += shifted_sum(value(n), maxima[n]);
+        shifted_sums[n] -= deltas[n] * summed[n];
+        add_shifted(n);
       }
     }
     if (!raised) return;
@@ -145,10 +149,19 @@ struct Forward : Rows<Real> {
       for (int n = 0; n < program.num_nodes; ++n) product_lanes[n] -= mass_lanes * deltas[n];
   }
 
-  Real shifted_sum(const Real* v, Real maximum) const {
-    Vec total{};
-    for (int64_t i = 0; i < padded; i += width) total += Base::only_used(load(v + i) - maximum, i);
-    return sum(total);
+  // Without label smoothing, these sums serve the first-order eps, which is for the classes that exist.
+  void add_shifted(int n) {
+    const Vec least = Vec{} - (program.label_smoothing != 0 ? Lane::max : static_cast<Real>(kMaskedLoss));
+    const Real maximum = maxima[n];
+    Vec total{}, number{};
+    for (int64_t i = 0; i < padded; i += width) {
+      const Vec v = load(value(n) + i);
+      const auto exists = v > least;
+      total += Base::only_used(exists ? v - maximum : Vec{}, i);
+      number += Base::only_used(exists ? Vec{} + 1 : Vec{}, i);
+    }
+    shifted_sums[n] += sum(total);
+    summed[n] += sum(number);
   }
 
   void multiply_target() {
@@ -221,12 +234,8 @@ struct Forward : Rows<Real> {
       } else if (term.direction == kStudentFirst) {
         total += Base::only_used(at.q * (at.log_q - at.log_p), i);
       } else {
-        const Vec with_eps = at.p + edge.eps;
-        const Vec part = with_eps * (at.log_with_eps - at.log_q);
-        // A class that both rows mask; eps is for the classes that exist.
-        const auto absent = (at.log_q < Vec{} - static_cast<Real>(kMaskedLoss)) & (at.p == Vec{});
-        total += Base::only_used(absent ? Vec{} : part, i);
-        const Vec more = edge.teacher_softmax >= 0 ? at.p * (at.log_with_eps - at.log_q) : with_eps;
+        total += Base::only_used(at.with_eps * (at.log_with_eps - at.log_q), i);
+        const Vec more = edge.teacher_softmax >= 0 ? at.p * (at.log_with_eps - at.log_q) : at.with_eps;
         inner_total += Base::only_used(more, i);
       }
       if (term.mixture_stat >= 0) {

@@ -262,8 +262,8 @@ template <class Real>
 struct NormalizedEdge {
   using Vec = typename Lanes<Real>::Vec;
   struct Column {
-    Vec log_p, p, log_q, q, log_with_eps;  // `with_eps` is p + eps
-    Vec of_teacher, of_student;            // the two parts of a Jensen-Shannon divergence
+    Vec log_p, p, log_q, q, with_eps, log_with_eps;  // `with_eps` is p + eps
+    Vec of_teacher, of_student;                      // the two parts of a Jensen-Shannon divergence
   };
   const Rows<Real>& rows;
   const Term& term;
@@ -289,6 +289,10 @@ struct NormalizedEdge {
     }
     c.log_with_eps = term.eps_mode == kEpsExact ? vlog(c.p + eps) : c.log_p;
     c.log_q = rows.log_softmax(term.student, student_softmax, i);
+    // A class that both rows mask: it has no share in the value, and eps is for those that exist.
+    const auto absent = (c.p <= Rows<Real>::kFloor) & (c.log_q < Vec{} - static_cast<Real>(kMaskedLoss));
+    c.with_eps = absent ? Vec{} : c.p + eps;
+    c.p = absent ? Vec{} : c.p;
     c.q = vexp(c.log_q);
     if (term.direction == kJensenShannon) {
       const Real beta = static_cast<Real>(term.beta), rest = static_cast<Real>(1 - term.beta);

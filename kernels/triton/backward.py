@@ -12,8 +12,10 @@ from fastokd.kernels.triton.coefs import before_columns, through_mixtures
 from fastokd.kernels.triton.columns import (
     FLOOR,
     LN2,
+    MASKED_LOSS,
     NEGATIVE_ZERO,
     add_at,
+    first_column,
     lane_constants,
     log2,
     masked,
@@ -78,11 +80,12 @@ def added_external_edges(
                 softmax_coefs, SPEC.external_edges[e].student_softmax, external[e] * gap
             )
         else:
-            grads = add_at(
-                grads,
-                SPEC.external_edges[e].student,
-                -(external[e] * (teacher + SPEC.external_edges[e].eps)),
-            )
+            with_eps = teacher
+            if SPEC.external_edges[e].eps > 0:
+                student = rows[SPEC.external_edges[e].student]
+                exists = (teacher > FLOOR) | (student > -MASKED_LOSS)
+                with_eps = tl.where(exists, teacher + SPEC.external_edges[e].eps, 0.0)
+            grads = add_at(grads, SPEC.external_edges[e].student, -(external[e] * with_eps))
     return grads, softmax_coefs
 
 
@@ -138,8 +141,10 @@ def added_normalized_edge(
     temperature: tl.constexpr = SPEC.normalized_edges[E].temperature
     student_node: tl.constexpr = SPEC.normalized_edges[E].student
     at: tl.constexpr = SPEC.layout.normalized.start + 2 * E
-    probability, with_eps, logarithm = teacher_row(rows, scaled, mixtures, logs, E, SPEC, TILE)
     student = log_probability(scaled, logs, SPEC.normalized_edges[E].student_softmax, SPEC)
+    probability, with_eps, logarithm = teacher_row(
+        rows, scaled, mixtures, logs, student, E, SPEC, TILE
+    )
     gap = (logarithm - student) * LN2
     if SPEC.normalized_edges[E].beta > 0:
         of_student, of_teacher = jensen_shannon(probability, logarithm, student, E, SPEC, TILE)
@@ -367,16 +372,16 @@ def backward_columns(
     if TILE.splits > 1:
         first, end, tail = part_of_row(TILE)
         for chunk in range(first, end):
-            base = chunk * TILE.block
+            base = first_column(chunk, TILE)
             out = backward_chunk(out, grad_logits, row, base, 0, TILE.pieces, SPEC, TILE)
         if TILE.rest:
             for chunk in range(tail, TILE.whole + 1):
-                base = chunk * TILE.block
+                base = first_column(chunk, TILE)
                 out = backward_chunk(out, grad_logits, row, base, rest, rest_pieces, SPEC, TILE)
     else:
         if TILE.whole:
             for chunk in range(TILE.whole):
-                base = chunk * TILE.block
+                base = first_column(chunk, TILE)
                 out = backward_chunk(out, grad_logits, row, base, 0, TILE.pieces, SPEC, TILE)
         if TILE.rest:
             last: tl.constexpr = TILE.whole * TILE.block

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from fastokd.kernels.triton.columns import (
     LN2,
+    MASKED_LOSS,
     NEGATIVE_ZERO,
     add_at,
     log2,
@@ -14,6 +15,7 @@ from fastokd.kernels.triton.columns import (
     row_constants,
     set_at,
     to_compute,
+    to_finite,
 )
 from fastokd.kernels.triton.normalized import normalized_pass
 from fastokd.kernels.triton.passes import run_pass
@@ -45,7 +47,7 @@ def load_label_logits(logits, target, rows, SPEC: tl.constexpr, TILE: tl.constex
             + rows * TILE.logit_strides[m][0]
             + tl.where(valid, label, 0) * TILE.logit_strides[m][1]
         )
-        out = out + (to_compute(tl.load(at), TILE) * mass,)
+        out = out + (to_finite(to_compute(tl.load(at), TILE)) * mass,)
     return out, mass
 
 
@@ -329,6 +331,9 @@ def forward_row(
     terms, slopes = target_values(terms, maxima, sums, node_label_logits, SPEC, TILE)
     terms = error_values(terms, plain, SPEC, TILE)
 
+    for t in tl.static_range(tl.constexpr(SPEC.num_terms)):
+        value = tl.where(terms[t] > MASKED_LOSS, float("inf"), terms[t])
+        terms = set_at(terms, t, value)
     loss = row_constant(NEGATIVE_ZERO, TILE)
     for t in tl.static_range(tl.constexpr(SPEC.num_terms)):
         weight = tl.load(term_weights + t)

@@ -15,6 +15,7 @@ from fastokd.kernels.triton import spec as _spec
 from fastokd.kernels.triton.columns import (
     PAD,
     load_chunk,
+    load_logits,
     masked,
     piece_columns,
     set_at,
@@ -155,7 +156,7 @@ def load_nodes(
     chunks = ()
     for m in tl.static_range(len(logits)):
         start = row_start(logits[m], rows, base, TILE.logit_strides[m][0], TILE.logit_strides[m][1])
-        chunks = chunks + (load_chunk(start, TILE.logit_strides[m][1], LIMIT, TILE),)
+        chunks = chunks + (load_logits(start, TILE.logit_strides[m][1], LIMIT, TILE),)
     for x in tl.static_range(len(externals)):
         start = row_start(
             externals[x], rows, base, TILE.external_strides[x][0], TILE.external_strides[x][1]
