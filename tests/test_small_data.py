@@ -74,7 +74,8 @@ def test_sweep_has_the_defaults_of_small_data(six_hundred, tmp_path, capsys):
         out = tmp_path / f"sweep-{size}"
         planned = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fastokd.cli.sweeps._run", lambda plan, *_: planned.append(plan) or 0)
+            keep = planned.append
+            patch.setattr("fastokd.cli.sweeps._run", lambda plan, *_, keep=keep: keep(plan) or 0)
             assert main([*sweep, *settings, "--out", str(out)]) == 0
         assert (few in capsys.readouterr().out) == (size == 16)
         config = planned[0].points[0].config

@@ -238,9 +238,9 @@ def test_every_graph_compiles_without_spills(
 @pytest.mark.parametrize(
     ("divergence", "most"),
     [
-        ("kl", {"forward": 13.8, "backward": 17.0}),
+        ("kl", {"forward": 14.3, "backward": 17.0}),
         ("symmetric-kl", {"forward": 15.9, "backward": 19.4}),
-        ("js", {"forward": 11.8, "backward": 27.9}),  # its forward pass takes two loops
+        ("js", {"forward": 12.3, "backward": 27.9}),  # its forward pass takes two loops
         ("dkd", {"forward": 18.2, "backward": 21.8}),
     ],
 )
