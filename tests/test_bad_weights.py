@@ -1,6 +1,8 @@
 """Weights and teachers that cannot be used are refused in one line that names the problem."""
 
 import dataclasses
+import errno
+import os
 import re
 from urllib.error import URLError
 
@@ -86,6 +88,25 @@ def test_broken_files_are_refused_in_one_line(refused, tmp_path):
         code, line = refused("--weights", file)
         assert code == 4, line
         assert re.search(message, line), (file, line)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_file_without_permission_is_refused(refused, tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    (tmp_path / name).chmod(0)
+    code, line = refused("--weights", name)
+    assert (code, line.endswith(f"{name} cannot be read: Permission denied")) == (4, True)
+
+
+def test_unreadable_file_is_refused(tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "w.pth").write_bytes(b"")
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(CheckpointError, match=r"w\.pth cannot be read: Input/output error"):
+        read_weights(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize(

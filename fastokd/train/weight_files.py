@@ -36,7 +36,7 @@ def read_file(path: Path) -> tuple[Mapping[str, Any], bool]:
     """The content of a file on the CPU, and True for a student or checkpoint of fastokd.
 
     Raises:
-        CheckpointError: unreadable, or with pickled objects other than tensors.
+        CheckpointError: unreadable, damaged, or with pickled objects other than tensors.
     """
     from safetensors import safe_open
     from safetensors.torch import load_file
@@ -51,6 +51,8 @@ def read_file(path: Path) -> tuple[Mapping[str, Any], bool]:
             is_own = "fastokd" in (file.metadata() or {})
         return load_file(path), is_own
     except Exception as error:  # damaged bytes raise many kinds
+        if isinstance(error, OSError) and error.strerror:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
         reason = first_line(error)
         # torch's errors for bytes that are no pickle, such as text
         if reason.isdigit() or "Unsupported operand" in str(error):
