@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from fastokd.cli.options import Which, make_table, print_table, progress_bar, say
-from fastokd.errors import EXIT_DATA, EXIT_OK, ConfigError, escape
+from fastokd.errors import EXIT_DATA, EXIT_OK, CheckpointError, ConfigError, escape
 from fastokd.experiments.analysis.study import analyze_run
 from fastokd.export import find_images, list_formats, open_export, predict_files
 from fastokd.export.evaluate import evaluate_export
@@ -100,6 +100,11 @@ def predict(
     if (path / "config.yaml").is_file():
         run = RunFolder.open(path)
         run.load_config()  # imports the run's plug-ins
+        if not run.student.is_file():
+            raise CheckpointError(
+                f"{path} is not finished; write the student of its last checkpoint with"
+                f" 'fastokd export {path}', and pass {path / 'export'}"
+            )
         path = run.student
     files = find_images(images)
     results = []

@@ -9,9 +9,9 @@ FEWEST_CHANNELS = 16
 def to_memory_format(network: nn.Module, memory_format: torch.memory_format) -> nn.Module:
     """Lay the 4-d weights of a network out in a memory format, in place; returns the network.
 
-    ``Module.to`` also converts 5-d weights, which cannot be channels-last. It also leaves weights
-    of 1 x 1 convolutions as they are, whose gradients then have other strides, of which
-    ``DistributedDataParallel`` warns.
+    ``Module.to`` also converts 5-d weights, which cannot be channels-last, and does not change the
+    strides of 1 x 1 convolutions' weights, which then differ from those of their gradients:
+    ``DistributedDataParallel`` warns of that.
     """
 
     def convert(tensor: Tensor) -> Tensor:
