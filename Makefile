@@ -69,6 +69,7 @@ kernel-counts: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	mkdir -p $(MEASURED)
 	$(BIN)/python -m pytest bench/bench_loss.py -q --benchmark-json=$(MEASURED)/loss-cpu.json
+	$(BIN)/python -m pytest bench/bench_terms.py -q --benchmark-json=$(MEASURED)/terms-cpu.json
 	$(BIN)/python -m pytest bench/bench_gate.py -q --benchmark-json=$(MEASURED)/gate-cpu.json
 	$(BIN)/python -m pytest bench/bench_step.py -q --benchmark-json=$(MEASURED)/quickstep-cpu.json
 	$(BIN)/python -m pytest bench/bench_start.py -q --benchmark-json=$(MEASURED)/start-cpu.json

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastokd.experiments.analysis.figures import require_matplotlib, save_svg
+from fastokd.experiments.analysis.figures import label_log_axis, require_matplotlib, save_svg
 
 _BASELINES = {"eager": ("eager PyTorch", "tab:gray"), "compiled": ("torch.compile", "tab:blue")}
 
@@ -48,6 +48,7 @@ def draw_speedups(data: Mapping[str, Any], path: Path) -> Path:
             axes.bar_label(bars, [f"{ratio:.1f}" for _, ratio in shown], fontsize="x-small")
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_yscale("log")
+        label_log_axis(axes.yaxis)
         axes.set_xticks(
             range(len(rows)),
             [row["size"] for row in rows],

@@ -29,6 +29,7 @@ from bench.suite_tables import (
     speedups,
     start_table,
     step_table,
+    term_table,
     threads,
 )
 from fastokd.experiments.analysis.figures import shows
@@ -269,6 +270,7 @@ def blocks() -> dict[str, list[str]]:
             "loss-*.json",
         ),
         "methods": _of_each(method_table, "loss-*.json"),
+        "terms": _if_measured(term_table, "terms-cpu.json"),
         "gates": _if_measured(gate_table, "gate-cpu.json"),
         "start": _if_measured(start_table, "start-cpu.json"),
         "data": _if_measured(data_tables, "data-cpu.json"),

@@ -144,6 +144,25 @@ def method_table(path: Path) -> list[str]:
     ]
 
 
+def term_table(path: Path) -> list[str]:
+    """Every divergence from a frozen teacher on one machine."""
+    found = read(path)
+    groups = _grouped(by_test(found)["test_term"], "divergence", "batch", "classes")
+    rows = [
+        (divergence, f"{batch} x {classes}", *_provider_cells(providers))
+        for (divergence, batch, classes), providers in groups.items()
+    ]
+    return [
+        made_by(path, found),
+        (
+            "Forward and backward of a student's cross-entropy and one term from a frozen teacher,"
+            " T = 4, medians in milliseconds (p25 to p75 for the fused row)."
+        ),
+        "",
+        *markdown_table([("divergence", "B x C", *_PROVIDER_HEAD), *rows]),
+    ]
+
+
 def readme_table(path: Path) -> list[str]:
     """A few rows of ``loss_table`` for the README: three sizes, and the one where the fused loss
     does worst if it loses there.

@@ -90,9 +90,11 @@ class Preempted(FastOKDError):
 
 
 def first_line(error: BaseException, limit: int = 160) -> str:
-    """The first line of an error's message, or its type if the message is empty."""
-    lines = str(error).splitlines()
-    return lines[0][:limit] if lines and lines[0] else type(error).__name__
+    """The first line of an error's message, up to a word before ``limit`` characters, or its type
+    if the message is empty.
+    """
+    line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return line if len(line) <= limit else f"{line[:limit].rsplit(' ', 1)[0]} ..."
 
 
 def escape(text: object) -> str:
@@ -104,6 +106,21 @@ def summarize(items: Sequence[object], limit: int = 10) -> str:
     """The first ``limit`` items, escaped, and the number of further ones: ``a, b and 4 more``."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(escape(item) for item in items[:limit]) + more
+
+
+def class_differences(known: Sequence[str], given: Sequence[str]) -> str:
+    """The classes that only one of two lists has, ``known`` and the data's, for messages.
+
+    >>> class_differences(["cat", "dog"], ["cat", "owl"])
+    ' (not in the data: dog; only in the data: owl)'
+    """
+    missing = [name for name in known if name not in set(given)]
+    new = [name for name in given if name not in set(known)]
+    if not missing and not new:
+        return " (in another order)"
+    parts = [f"not in the data: {summarize(missing, 4)}"] * bool(missing)
+    parts += [f"only in the data: {summarize(new, 4)}"] * bool(new)
+    return f" ({'; '.join(parts)})"
 
 
 SYNONYMS = {

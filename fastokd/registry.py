@@ -19,15 +19,22 @@ class Registry(Generic[T]):
         constant: the name of a module's constant that holds the object, for targets without one.
         targets: "package.module" or "package.module:CONSTANT" for each built-in name.
         reserved: further names that users may write, e.g. "auto", for suggestions.
+        has_plugins: plug-ins may register names, which messages about unknown names mention.
     """
 
     def __init__(
-        self, kind: str, constant: str, targets: Mapping[str, str], reserved: Iterable[str] = ()
+        self,
+        kind: str,
+        constant: str,
+        targets: Mapping[str, str],
+        reserved: Iterable[str] = (),
+        has_plugins: bool = False,
     ) -> None:
         self.kind = kind
         self._constant = constant
         self.targets = dict(targets)
         self._reserved = tuple(reserved)
+        self._has_plugins = has_plugins
 
     def register(self, name: str, target: str) -> None:
         """Add or replace the object of a name, at "package.module" or "package.module:CONSTANT"."""
@@ -45,6 +52,8 @@ class Registry(Generic[T]):
         """Raise the ``ConfigError`` of ``get`` for an unknown name; its object is not imported."""
         if name not in self:
             hint = did_you_mean(name, [*self.targets, *self._reserved])
+            if self._has_plugins and "did you mean" not in hint:
+                hint += f"; for a {self.kind} of a plug-in, pass --plugin FILE.py"
             raise ConfigError(f"unknown {self.kind} '{name}'{hint}{plugins.hint()}")
 
     def __contains__(self, name: object) -> bool:

@@ -13,6 +13,9 @@ from typing import Any, BinaryIO
 
 from fastokd.errors import StorageError, first_line
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Limits of this process, e.g. those of its container."""
+
 
 def write_atomically(
     path: Path,
@@ -111,6 +114,17 @@ def format_bytes(count: float) -> str:
     return f"{value:.{digits}f} {name}"
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may use: of its affinity, within the quota of its control group
+    (the CPU limit of a container), at least 1.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):  # "max 100000" without a quota
+        quota, period = (CONTROL_GROUP / "cpu.max").read_text().split()
+        cores = min(cores or 1, int(quota) // int(period))
+    return max(1, cores or 1)
+
+
 def available_memory() -> int | None:
     """Bytes of memory that this process can still take within its control group, if known."""
     readings = []
@@ -124,7 +138,7 @@ def available_memory() -> int | None:
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         with contextlib.suppress(OSError):
-            total, used = (Path("/sys/fs/cgroup", name).read_text() for name in (limit, usage))
+            total, used = ((CONTROL_GROUP / name).read_text() for name in (limit, usage))
             if total.strip() != "max":
                 readings.append(int(total) - int(used))
     return max(0, min(readings)) if readings else None

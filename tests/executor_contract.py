@@ -413,8 +413,8 @@ class Subject:
                 scale = max(scale, size, size * size if is_weight else 0.0)
             if not is_value:
                 slopes = [
-                    weight * term.scale / term.temperature
-                    for weight, term in zip(weights, inputs.plan.terms, strict=True)
+                    weights[term.output] * term.scale / term.temperature
+                    for term in inputs.plan.terms
                 ]
                 scale = max(scale, max(slopes) * float(upstream.abs().max()))
             # PyTorch's own error of such sums can be small by chance, depending on the CPU.

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastokd.graph import Graph
+from fastokd.graph.plan import SQUARED_ERROR
 from fastokd.ops import evaluate
 from fastokd.ops.executors import Case, load
 
@@ -59,7 +60,7 @@ def check(
         [row.detach().double().requires_grad_() for row in inputs.logits],
         {name: value.detach().double().requires_grad_() for name, value in inputs.weights.items()},
         {name: value.double() for name, value in inputs.externals.items()},
-        inputs.target.double() if soft else inputs.target,
+        inputs.target.double() if inputs.target.is_floating_point() else inputs.target,
         inputs.kd_weight,
     )
     upstream = torch.linspace(-1, 2, batch, dtype=torch.float64, device=device)
@@ -73,13 +74,17 @@ def check(
     largest = 1 + max(
         (float(row.detach().abs().max()) for row in inputs.logits if row.numel()), default=0.0
     )
-    # An eps adds eps times a sum over all classes.
+    # An eps adds eps times a sum over all classes; a squared error is a product of two differences.
     sizes = [
-        max(term.temperature, term.scale / term.temperature) * (1 + term.eps * num_classes)
+        max(term.temperature, term.scale / term.temperature)
+        * (1 + term.eps * num_classes)
+        * (largest if term.kind == SQUARED_ERROR else 1)
         for term in inputs.plan.terms
     ]
+    weights = inputs.term_weights.tolist()
     slope = sum(
-        abs(weight) * size for weight, size in zip(inputs.term_weights.tolist(), sizes, strict=True)
+        abs(weights[term.output]) * size
+        for term, size in zip(inputs.plan.terms, sizes, strict=True)
     )
     steepest = max(sizes)
     scales = (

@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 
 from fastokd.graph import (
+    DKD,
     KL,
+    L1,
+    MSE,
     CrossEntropy,
     External,
     Graph,
+    JensenShannon,
     Logits,
     LowestCrossEntropy,
     MinLogit,
@@ -105,7 +109,7 @@ def make_inputs(
 
     Drawn on the CPU in float64 and rounded to ``dtype``, so that every dtype and device sees the
     same case. The two kinds of target are int64 labels and class probabilities of two classes each,
-    as mixup makes them.
+    as mixup makes them; graphs that need labels get labels.
     """
     generator = torch.Generator().manual_seed(seed)
     plan = lower(graph)
@@ -125,7 +129,7 @@ def make_inputs(
         name: place((2 * normal(batch, num_classes)).softmax(1)) for name in graph.externals
     }
     labels = torch.randint(num_classes, (2, batch), generator=generator)
-    if soft_target:
+    if soft_target and not plan.needs_labels:
         share = torch.rand((batch, 1), generator=generator, dtype=torch.float64)
         one_hot = torch.nn.functional.one_hot(labels, num_classes).to(torch.float64)
         target = place(share * one_hot[0] + (1 - share) * one_hot[1])
@@ -300,6 +304,57 @@ def _synthetic() -> list[Graph]:
                 KL("low", "u", 1.0, 3.0, detach=True),
             ],
         ),
+        _graph(
+            "symmetric",
+            [a, b, memory],
+            [
+                ce_a,
+                KL("b", "a", 1.5, 2.5, direction="symmetric"),
+                KL("memory", "b", 0.5, 2.0, detach=True, direction="symmetric"),
+            ],
+        ),
+        _graph(
+            "jensen_shannon",
+            [a, b, c, Mixture("u", ("a", "b"), "w")],
+            [
+                ce_a,
+                JensenShannon("u", "c", 1.5, 2.5, 0.3),
+                JensenShannon("c", "b", 0.5, 1.0, 0.9, t2_scaling=False, detach=True),
+            ],
+        ),
+        _graph(
+            "jensen_shannon_probabilities",
+            [a, b, c, memory, half, ProbabilityMixture("h", ("memory", "c", "a"), "p", 2.0)],
+            [
+                ce_b,
+                JensenShannon("memory", "a", 1.0, 2.0, detach=True),
+                JensenShannon("half", "b", 1.0, 4.0, 0.2),
+                JensenShannon("half", "c", 1.0, 4.0, 0.7, detach=True),
+                JensenShannon("h", "a", 1.0, 3.0),
+                KL("h", "b", 1.0, 3.0),
+            ],
+        ),
+        _graph("decoupled", [a, b], [ce_a, DKD("b", "a", 0.5, 4.0)]),
+        _graph("decoupled_alone", [a, b], [DKD("b", "a", 0.5, 1.0, 0.3, 0.7, detach=True)]),
+        _graph("target_alone", [a, b], [ce_b, DKD("b", "a", 0.5, 2.0, 1.0, 0.0)]),
+        _graph(
+            "decoupled_mixtures",
+            [a, b, c, Mixture("u", ("a", "b"), "w"), Mixture("v", ("u", "c"), (0.4, 0.6))],
+            [
+                CrossEntropy("u"),
+                DKD("v", "u", 0.5, 3.0, 2.0, 1.0),
+                DKD("c", "v", 0.5, 2.0, 0.0, 1.0, t2_scaling=False),
+                DKD("u", "a", 0.5, 3.0, 1.0, 8.0, detach=True),
+                KL("u", "a", 1.0, 3.0),
+            ],
+            label_smoothing=0.1,
+        ),
+        _graph(
+            "errors",
+            [a, b, c, Mixture("u", ("a", "b"), "w")],
+            [ce_a, MSE("u", "c", 1.5), MSE("b", "a", 0.5, detach=True), L1("c", "b", 2.0)],
+        ),
+        _graph("squared_error_alone", [a, b], [MSE("b", "a")]),
         _graph(
             "half_attached",
             [a, b, Mixture("u", ("a", "b"), "w")],

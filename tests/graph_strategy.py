@@ -3,10 +3,14 @@
 from hypothesis import strategies as st
 
 from fastokd.graph import (
+    DKD,
     KL,
+    L1,
+    MSE,
     CrossEntropy,
     External,
     Graph,
+    JensenShannon,
     Logits,
     LowestCrossEntropy,
     MinLogit,
@@ -68,23 +72,33 @@ def random_graphs(draw: st.DrawFn) -> Graph:
             term: Term = CrossEntropy(student.name, weight, scheduled)
         else:
             constant = isinstance(teacher, _CONSTANT_TEACHERS)
-            direction = draw(st.sampled_from(("teacher_first", "teacher_first", "student_first")))
-            eps = draw(st.sampled_from((0.0, 1e-7, 1e-2))) if direction == "teacher_first" else 0.0
             probabilities = isinstance(teacher, (External, ProbabilityMixture))
-            term = KL(
-                teacher.name,
-                student.name,
-                weight,
-                draw(st.sampled_from(_TEMPERATURES)),
-                draw(st.booleans()),
-                detach=constant or draw(st.booleans()),
-                eps=eps,
-                eps_mode=(
-                    "exact" if probabilities else draw(st.sampled_from(("exact", "first_order")))
-                ),
-                direction=direction,
-                scheduled=scheduled,
-            )
+            between_logits = teacher in learning
+            # A mixture may equal its input but for rounding, which decides the sign that L1 has.
+            between_branches = isinstance(teacher, Logits) and isinstance(student, Logits)
+            detach = constant or draw(st.booleans())
+            kinds = ["js", *["dkd", "mse"] * between_logits, *["l1"] * between_branches]
+            kind = draw(st.sampled_from(["kl"] * 6 + kinds))
+            pair = teacher.name, student.name, weight
+            options = {"detach": detach, "scheduled": scheduled}
+            temperature, t2_scaling = draw(st.sampled_from(_TEMPERATURES)), draw(st.booleans())
+            softened = {"temperature": temperature, "t2_scaling": t2_scaling, **options}
+            if kind == "js":
+                term = JensenShannon(*pair, beta=draw(st.sampled_from((0.1, 0.5, 0.8))), **softened)
+            elif kind == "dkd":
+                alpha, beta = draw(st.sampled_from(((1.0, 8.0), (1.0, 0.0), (0.0, 1.0))))
+                term = DKD(*pair, alpha=alpha, beta=beta, **softened)
+            elif kind in ("mse", "l1"):
+                term = (MSE if kind == "mse" else L1)(*pair, **options)
+            else:
+                directions = ("teacher_first", "teacher_first", "student_first", "symmetric")
+                direction = draw(st.sampled_from(directions))
+                eps = 0.0
+                if direction == "teacher_first":
+                    eps = draw(st.sampled_from((0.0, 1e-7, 1e-2)))
+                modes = ("exact",) if probabilities else ("exact", "first_order")
+                eps_mode = draw(st.sampled_from(modes))
+                term = KL(*pair, eps=eps, eps_mode=eps_mode, direction=direction, **softened)
         terms[term.name] = term
     # Only what reaches a term may stay.
     used = {

@@ -1,6 +1,8 @@
 """A frozen teacher added to any method: its graph, its options, and runs with it."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -12,16 +14,22 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from fastokd.errors import CheckpointError, ConfigError, GraphError
+from fastokd.experiments.analysis.runs import read_runs
 from fastokd.export import load_student
 from fastokd.graph import Graph, Logits, lower
 from fastokd.losses import AHBFLoss, GraphLoss
 from fastokd.methods import get_method, list_methods
 from fastokd.models import create_student
+from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.compute import student_alone, training_flops
 from fastokd.train.config import TrainConfig
+from fastokd.train.export_run import export_run
+from fastokd.train.progress import Reporter
 from fastokd.train.rules import check_config
+from fastokd.train.run_folder import RunFolder
 from fastokd.train.runs import load_run, run_identity
 from fastokd.train.teacher import check_teacher, open_teacher
+from fastokd.train.trainer import Trainer
 
 BATCH, CLASSES, WEIGHT, TEMPERATURE = 6, 7, 0.7, 2.5
 METHODS = [name for name in list_methods() if name != "kd"]
@@ -203,6 +211,50 @@ def test_teacher_of_kd_is_named_either_way(tmp_path, digits, teacher_run):
         run.run()
         losses.append(run.run_folder.read_metrics()[0]["train"]["loss"])
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("method", ["kd", "ahbf"])
+def test_paths_of_one_teacher_make_one_run(tmp_path, digits, teacher_run, method):
+    """As an option or a field, by run folder, student or checkpoint, and after it was moved."""
+    moved = Path(shutil.copytree(teacher_run, tmp_path / "moved"))
+    paths = [teacher_run, teacher_run / "student.safetensors", moved / "checkpoints/last.pt"]
+    plain = dataclasses.replace(CONFIG, method=method, branches=1 if method == "kd" else 2)
+    configs = [dataclasses.replace(plain, teacher=str(path), seed=0) for path in paths]
+    if method == "kd":
+        configs.append(dataclasses.replace(plain, method_options={"teacher": str(moved)}))
+    records, folders = [], []
+    for seed, config in enumerate(configs):
+        run = make(dataclasses.replace(config, seed=seed), tmp_path / f"run{seed}", digits)
+        run.run(until=1)
+        folders.append(run.run_folder.path)
+        assert run.run_folder.load_config().teacher
+        assert "teacher" not in run.run_folder.load_config().method_options
+        record = load_student(run.run_folder.path)[1]
+        records.append(record["provenance"]["run"])
+        state = load_checkpoint(run.run_folder.last)
+        identity = run_identity(dataclasses.replace(config, seed=0), "x", state["teacher"])
+        assert identity == run_identity(configs[0], "x", state["teacher"])
+        assert identity != run_identity(configs[0], "x", "another")
+        exported = load_student(export_run(run.run_folder.path, out=tmp_path / f"e{seed}").path)
+        assert exported[1]["provenance"]["run"] == records[-1]
+    assert len(set(records)) == len(configs)  # the seeds differ
+    (group,) = read_runs(folders)
+    assert [run.config.seed for run in group.runs] == list(range(len(configs)))
+
+    def resume(teacher):
+        folder = RunFolder.open(folders[0])
+        config = dataclasses.replace(folder.load_config(), teacher=str(teacher))
+        state = load_checkpoint(folder.last)
+        trainer = Trainer(config, folder, Reporter(quiet=True), digits, saved_data=state["data"])
+        trainer.resume(state)
+        return trainer
+
+    for path in (paths[1], moved):
+        assert (resume(path).epoch, resume(path).config.teacher) == (1, str(path))
+    config = dataclasses.replace(CONFIG, method="baseline", branches=1, seed=9, epochs=1)
+    make(config, tmp_path / "another", digits).run()
+    with pytest.raises(ConfigError, match=r"the configuration differs .* teacher: "):
+        resume(tmp_path / "another")
 
 
 def test_teacher_joins_with_late_teaching(tmp_path, digits, teacher_run):

@@ -29,6 +29,7 @@ from bench.gpu.tests import run_files
 from bench.loaders import LARGE_MODEL
 from fastokd.errors import Preempted
 from fastokd.experiments.step_benchmark import SPENT
+from fastokd.graph import DIVERGENCES
 from fastokd.methods import get_method, list_methods
 from fastokd.models import create_model, find_backbone
 
@@ -93,7 +94,7 @@ def test_dry_run_measures_every_row_of_every_part(everything):
 
 def test_kernel_rows_cover_methods_and_name_missing_providers(everything):
     rows = read(everything[0], "kernels")["rows"]
-    assert {row["loss"] for row in rows} == {*list_methods(), *SINGLES}
+    assert {row["loss"] for row in rows} == {*list_methods(), *SINGLES, *DIVERGENCES}
     assert {(row["loss"], row["preset"]) for row in rows if row["loss"] == "ahbf"} == {
         ("ahbf", "paper"),
         ("ahbf", "code"),

@@ -21,7 +21,9 @@ from bench.suite_tables import (
     speedups,
     start_table,
     step_table,
+    term_table,
 )
+from fastokd.graph import DIVERGENCES
 from fastokd.methods import list_methods
 
 pytest.importorskip("pytest_benchmark", reason="pip install -e '.[bench]'")
@@ -90,6 +92,9 @@ def test_report_reads_suite_results(results, monkeypatch):
         all(row["eager"] > 0 < row["compiled"] for row in speedups(path)["rows"])
         or "cannot run" in said
     )
+    assert [line.split(" | ")[0] for line in term_table(path)[5:-1]] == [
+        f"| {name}" for name in (*DIVERGENCES, "standardized kl", "standardized dkd")
+    ]
     assert [line.split(" | ")[0] for line in gate_table(path)[5:-1]] == [
         "| ahbf",
         "| one",

@@ -155,7 +155,7 @@ def test_relative_image_folder_is_found_from_other_folder(run, tmp_path, monkeyp
     mistake(
         run("eval", tmp_path / "r", "--data", "digits"),
         4,
-        r"was trained on 2 classes \(cat, dog\), the data has 10 classes \(0, 1, 2",
+        r"was trained on the classes cat, dog, the data has 0, 1, 2, 3",
     )
 
 
@@ -449,7 +449,11 @@ class TestMistakes:
         mistake(run("export", tmp_path / "run"), 4, r"last\.pt is of another architecture")
 
     def test_exported_student_with_other_data_is_refused(self, run, trained, tmp_path):
-        mistake(run("eval", trained / "student.safetensors"), 2, r"needs --data")
+        mistake(
+            run("eval", trained / "student.safetensors"),
+            2,
+            r"does not contain the path of its data, digits; pass --data FOLDER, with the 10",
+        )
         for split in ("train", "val"):
             for name in ("cat", "dog"):
                 (tmp_path / "t" / split / name).mkdir(parents=True)
@@ -457,7 +461,7 @@ class TestMistakes:
         mistake(
             run("eval", trained / "student.safetensors", "--data", tmp_path / "t"),
             4,
-            r"knows 10 classes .* the data has 2 classes \(cat, dog",
+            r"knows 10 classes .* the data has 2 \(cat, dog",
         )
 
     def test_unwritable_out_is_reported(self, run, tmp_path):
@@ -663,6 +667,17 @@ def test_tables_keep_their_width_when_piped(run, monkeypatch):
     assert max(map(len, run("methods")[1].splitlines()[:-1])) <= 80
 
 
+def test_piped_lines_do_not_end_with_blanks(run):
+    for command in (["recipes"], ["models"], ["models", "torchvision:squeezenet1_1"]):
+        assert [line for line in run(*command)[1].splitlines() if line != line.rstrip()] == []
+
+
+def test_help_joins_the_lines_of_a_description(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    output = run("models", "--help")[1]
+    assert "networks); without it all split points are listed with their costs" in output
+
+
 def test_help_shows_the_defaults_of_the_recipe(run):
     text = " ".join(run("train", "--recipe", "cifar10-resnet32-ahbf", "--help")[1].split())
     assert "(default: 0.0005)" in text
@@ -736,6 +751,37 @@ def test_ctrl_c_keeps_checkpoint_and_prints_resume_command(tmp_path, run):
     state = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
     assert state["epoch"] == int(said[1])
     assert run("eval", tmp_path / "run")[0] == 0
+
+
+def test_ctrl_c_while_the_program_ends_prints_no_traceback():
+    """Torch takes seconds to unload, in which impatient users press Ctrl-C again."""
+    code = """
+        import atexit, os, signal, sys
+        from fastokd import cli
+        def interrupted(arguments):
+            raise KeyboardInterrupt
+        cli._run = interrupted
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.argv = ["fastokd", "train"]
+        atexit.register(os.kill, os.getpid(), signal.SIGINT)
+        sys.exit(cli.main())
+    """
+    code = "\n".join(line[8:] for line in code.splitlines())
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "fastokd: interrupted\n")
+
+
+def test_ctrl_c_before_the_first_step_is_explained(run, tmp_path, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastokd.train.trainer.Trainer._introduce", interrupted)
+    code, _, errors = run(*TRAIN, "--epochs", "1", "--out", tmp_path / "run")
+    assert code == 130
+    assert "fastokd: interrupted before the first step, so nothing new is saved" in errors
+    assert not (tmp_path / "run").exists()
 
 
 def test_sigkill_leaves_a_loadable_checkpoint(tmp_path, run):

@@ -196,10 +196,16 @@ def test_paired_test_uses_common_seeds(runs, capsys):
     assert (row["reference"], row["paired_seeds"]) == ("resnet8 baseline", "3")
     assert float(row["last_error_difference"]) == pytest.approx(statistics.mean(differences))
     assert float(row["p"]) == pytest.approx(2 * stats.t.sf(abs(t), df=2))
-    assert (
-        f"{statistics.mean(differences):+.2f} +- {statistics.stdev(differences):.2f} (n=3) "
-        f" {float(row['p']):.3g}" in said(capsys, *paths)
-    )
+    shown = f"{statistics.mean(differences):+.2f} +- {statistics.stdev(differences):.2f} (n=3)"
+    assert f"{shown} {float(row['p']):.3g}" in " ".join(said(capsys, *paths).split())
+
+
+def test_columns_of_the_tests_have_different_names(runs):
+    groups = read_runs([runs / "ahbf-seed0", runs / "baseline-seed0"])
+    for table in compare(groups, latency=False).tables():
+        assert len(set(table.head)) == len(table.head)
+    columns = compare(groups, latency=False).tables()[1].head
+    assert columns[2:5:2] == ("p, equal epochs", "p, equal compute")
 
 
 def test_missing_paired_test_reports_reason(runs, capsys, monkeypatch):

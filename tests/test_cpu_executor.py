@@ -233,7 +233,7 @@ class TestLibrary:
             ((99, *ints[1:]), floats, "another version"),
             (ints[:-1], floats, "cut short"),
             ((*ints, 0), floats, "cut short or too long"),
-            (ints, (*floats[:-3], -1.0, *floats[-2:]), "temperature"),
+            (ints, (*floats[:-4], -1.0, *floats[-3:]), "temperature"),
         )
         for bad_ints, bad_floats, message in cases:
             with pytest.raises(ValueError, match=message):

@@ -158,7 +158,7 @@ class TestFolder:
     @pytest.mark.parametrize(
         ("splits", "message"),
         [
-            (("train",), "no val/ or test/ images; hold some training images out with --val-split"),
+            (("train",), "no val/ or test/ images; hold out training images, e.g. --val-split 0.1"),
             (("test",), "no train/ .found test/."),
         ],
     )

@@ -74,7 +74,7 @@ class TestOneFolder:
         for name in ("cat", "dog"):
             for i in range(5):
                 put(tmp_path / name / f"{i}.png")
-        refused(tmp_path, "no val/ or test/ images; hold some training images out with --val-split")
+        refused(tmp_path, "no val/ or test/ images; hold out training images, e.g. --val-split 0.1")
         opened = open_dataset(tmp_path, val_split=0.4)
         assert (len(opened.train), opened.evaluation.name, len(opened.evaluation), opened.val) == (
             6,

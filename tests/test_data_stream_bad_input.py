@@ -3,14 +3,16 @@ decode while training say and do.
 """
 
 import os
+import signal
 import sys
 import tarfile
+import time
 
 import pytest
 import torch
 from stream_loaders import LOADERS, each_loader, picture, torchvision, write_split
 
-from fastokd.data import FileSplit
+from fastokd.data import FileSplit, torchvision_loader
 from fastokd.data.files import Members
 from fastokd.data.torchvision_loader import TorchvisionOptions
 from fastokd.errors import ConfigError, DataError, MissingExtra
@@ -188,6 +190,31 @@ def test_corrupt_image_and_missing_archive_are_named(tmp_path, make):
     (tmp_path / "shard-1.tar").unlink()
     with pytest.raises(DataError, match="No such file"):
         list(make(packed, 6, True))
+
+
+MEMORY = "a smaller --batch-size or fewer workers need less memory"
+CRASH = "a file may crash the decoder: 'fastokd data check DATA' finds it"
+
+
+@pytest.mark.parametrize(
+    ("end", "reason", "fix"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "killed by signal: Killed", MEMORY),
+        (lambda: os.kill(os.getpid(), signal.SIGBUS), "killed by signal: Bus error", MEMORY),
+        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "Segmentation fault", CRASH),
+        (lambda: os._exit(3), "exited unexpectedly", CRASH),
+        (lambda: time.sleep(60), "timed out after 2", "decoding is slow: pass a larger timeout"),
+    ],
+)
+def test_lost_worker_is_explained_by_its_end(tmp_path, monkeypatch, end, reason, fix):
+    split = write_split(tmp_path, 4)
+    monkeypatch.setattr(torchvision_loader, "decode_rgb", lambda data: end())
+    options = TorchvisionOptions(workers=1, start_method="fork", timeout=2)
+    with pytest.raises(DataError) as raised:
+        list(torchvision(split, 2, False, options=options))
+    assert reason in str(raised.value)
+    assert fix in str(raised.value)
+    assert (MEMORY in str(raised.value)) is (fix == MEMORY)
 
 
 def test_missing_dali_names_the_extra(tmp_path, monkeypatch):

@@ -359,7 +359,7 @@ def test_two_nodes_train_with_dali(tmp_path):
     assert [code for code, *_ in results] == [0, 0], results
     (output,) = [output for _, output, _ in results if output]
     assert "loader dali" in output
-    assert "2 steps per epoch of 32 images; 4 of 68 images" in output
+    assert "2 steps per epoch of 32 images; each epoch drops 4 of 68 images" in output
     assert "batch 32 = 2 processes x 16" in output
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 2
 
@@ -439,3 +439,15 @@ def test_user_error_is_reported_once(tmp_path):
         " 64\n"
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_missing_gpus_are_reported_once(tmp_path):
+    words = ["-m", "fastokd", *rank_runs.COMMAND, "--gpus", "2", "--out", tmp_path / "run"]
+    at = words.index("--device")
+    code, output, errors = finish(start([*words[:at], *words[at + 2 :]]))
+    assert (code, output) == (2, "")
+    assert errors == (
+        "fastokd: device 'cuda' does not exist: torch sees 0 GPUs; use --device cpu or see"
+        " 'fastokd doctor'\n"
+    )

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import dataclass
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -380,6 +381,23 @@ def test_documents_have_no_placeholders_or_dead_links():
             assert (ROOT / name).is_file(), f"{block.where} takes in {name}"
 
 
+def test_rows_of_tables_are_in_tables():
+    """A blank line ends a table, and later rows are shown as text."""
+    for path in PAGES:
+        text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        before = ["", *text.splitlines()]
+        after = [*before[2:], ""]
+        for previous, line, following in zip(before, before[1:], after, strict=False):
+            starts = line.startswith("|") and not previous.startswith("|")
+            assert not starts or following.startswith("|---"), f"{path}: {line}"
+
+
+def test_figures_have_no_formulas_as_text():
+    """matplotlib labels logarithmic axes with formulas, which its option can turn into raw text."""
+    for path in (ROOT / "docs/figures").glob("*.svg"):
+        assert "mathdefault" not in path.read_text(encoding="utf-8"), path
+
+
 def test_citation_and_issue_templates():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == __version__
@@ -419,6 +437,10 @@ def test_site_builds_without_external_resources(tmp_path):
         loaded = re.findall(r'<(?:script|img|iframe|link)\b[^>]*?\b(?:src|href)="([^"]+)"', html)
         assert not [address for address in loaded if "//" in address], name
         assert 'class="arithmatex"' not in html, f"{name}: a formula that is not MathML"
+        for formula in re.findall(r"<math.*?</math>", html, flags=re.DOTALL):
+            signs = "".join(unescape(re.sub(r"<[^>]+>", "", formula)).split())
+            # The column has 1,000 pixels in a window of 1,300; a longer formula is scrolled.
+            assert len(signs) <= 95, f"{name}: a formula wider than the column"
         assert "|---|" not in html, f"{name}: a table that is not one"
         assert "flowchart LR" not in html, f"{name}: a drawing that is not SVG"
     assert pages["methods/ahbf.html"].count("<math") > 1

@@ -89,9 +89,9 @@ def test_data_of_the_run_keeps_its_held_out_images(trained, capsys):
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (("cat", "dog"), "missing from the data: eel"),
-        ((*CLASSES, "fox"), "unknown to the network: fox"),
-        (("Cat", "dog", "eel"), "missing from the data: cat, unknown to the network: Cat"),
+        (("cat", "dog"), "not in the data: eel"),
+        ((*CLASSES, "fox"), "only in the data: fox"),
+        (("Cat", "dog", "eel"), "not in the data: cat; only in the data: Cat"),
     ],
 )
 def test_other_classes_are_refused_by_name(trained, tmp_path, capsys, classes, message):

@@ -103,7 +103,7 @@ def test_own_network_example_trains_and_exports(pictures, tmp_path):
     evaluation = [*fastokd, "eval", run_folder / "export", "--data", pictures / "val"]
     code, _, errors = finish(start(evaluation))
     assert code == 4
-    assert "pass --plugin own_network" in errors
+    assert "pass --plugin with its file or with own_network@FOLDER" in errors
     code, output, errors = finish(start([*evaluation, *plugin]))
     assert code == 0, errors
     assert "accuracy" in output

@@ -1,5 +1,6 @@
 """The contract of every executor: the checks of ``executor_contract``, of each executor."""
 
+import masked_rows  # noqa: F401  # registers its checks
 import opaque_executor
 import pytest
 import worked_values  # noqa: F401  # registers its checks

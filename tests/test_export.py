@@ -613,8 +613,8 @@ def test_unsuitable_evaluation_images_are_refused(run, tree, tmp_path, capsys):
     mistake(
         call(capsys, "eval", path, "--data", tmp_path),
         4,
-        r"the student knows 10 classes \(0, 1, 2 and 7 more\), the data has 9 classes"
-        r" \(0, 1, 2 and 6 more\)",
+        r"the student knows 10 classes \(0, 1, 2 and 7 more\), the data has 9 \(0, 1, 2 and 6"
+        r" more\)",
     )
     (tmp_path / "test" / "9").mkdir()
     mistake(

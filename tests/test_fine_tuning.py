@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from method_runs import SHORT_RUN, few_digits, make
+from safetensors.torch import load_file
 from test_interruption import assert_equal, interrupted, outcome
 
 from fastokd.data import Batch
@@ -14,6 +15,7 @@ from fastokd.models import create_model, create_student
 from fastokd.train.build import build_model
 from fastokd.train.compute import training_flops
 from fastokd.train.config import identity_fields
+from fastokd.train.export_run import export_run
 from fastokd.train.param_groups import blocks, frozen_parts, parameter_settings
 from fastokd.train.rules import check_config
 from fastokd.train.step import TrainStep
@@ -253,6 +255,73 @@ def test_run_with_a_frozen_phase_resumes_exactly(tmp_path, digits, stop):
     assert_equal(
         outcome(interrupted(config, tmp_path / "other", digits, **stop)), outcome(straight)
     )
+
+
+def test_fine_tuned_network_of_timm_resumes_and_is_exported(tmp_path, digits):
+    """From weights for other classes, with a teacher, views, stochastic depth and frozen parts."""
+    timm = pytest.importorskip("timm")
+    before = timm.create_model("test_resnet", num_classes=7).state_dict()
+    torch.save({"model": {f"module.{k}": v for k, v in before.items()}}, tmp_path / "7.pth")
+    train, test = (
+        dataclasses.replace(split, images=split.images.repeat(1, 1, 4, 4))
+        for split in (digits.train, digits.test)
+    )
+    teacher = timm.create_model("test_resnet", num_classes=10).state_dict()
+    torch.save(teacher, tmp_path / "teacher.pth")
+    config = dataclasses.replace(
+        CONFIG,
+        model="timm:test_resnet",
+        at="layer3",
+        branches=2,
+        epochs=3,
+        freeze_epochs=2,
+        head_epochs=1,
+        weights=str(tmp_path / "7.pth"),
+        teacher=f"timm:test_resnet:{tmp_path / 'teacher.pth'}",
+        teacher_to="branches",
+        branch_views=True,
+        auto_augment="trivialaugment",
+        drop_path=0.2,
+        label_smoothing=0.1,
+        optimizer="adamw",
+        layer_decay=0.8,
+    )
+    data = dataclasses.replace(digits, train=train, test=test)
+    straight = make(config, tmp_path / "straight", data)
+    frozen = {name: before[name] for name in ("layer1.0.conv1.weight", "layer2.0.bn1.running_mean")}
+    straight.run(until=2)
+    for name, value in frozen.items():
+        assert torch.equal(straight.model.student().state_dict()[name], value)
+    straight.run()
+    for name, value in frozen.items():
+        assert not torch.equal(straight.model.student().state_dict()[name], value)
+    resumed = interrupted(config, tmp_path / "resumed", data, step=3)  # in the second frozen epoch
+    assert_equal(outcome(resumed), outcome(straight))
+
+    log = straight.run_folder.log_path.read_text()
+    for line in (
+        "timm:test_resnet, method ahbf (paper), 2 branches from layer3 on, on cpu",
+        "7.pth, entry 'model' (SHA-256 ",
+        "): 75 tensors loaded; new: fc.weight, fc.bias",
+        "the other branches start as copies of the student's, without noise because their views",
+        "normalization: mean ",
+        "augmentation: random crops after padding by 1 pixels, trivialaugment; 2 views of each",
+        "the weights do not state their normalization, so the data's is used; for weights trained",
+        "stochastic depth: 0.2 in the last residual block",
+        "; label smoothing 0.1",
+        "fine-tuning: layer_decay=0.8, freeze_epochs=2, head_epochs=1; the trunk is all before lay",
+        "teacher timm:test_resnet:",
+    ):
+        assert line in log, line
+
+    exported = load_file(export_run(straight.run_folder.path, "timm", data="digits").path)
+    network = timm.create_model("test_resnet", num_classes=10).eval()
+    network.load_state_dict(exported, strict=True)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        # The run's own is in channels-last format, whose kernels round differently.
+        expected = straight.step.student().eval()(images)
+        torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

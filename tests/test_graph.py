@@ -229,10 +229,10 @@ def test_lowering_writes_out_every_field() -> None:
             PlanNode(SELECTION, (0, 3), -1, (), 1.0),
         ),
         terms=(
-            PlanTerm(0, 3, -1, 1.0, 1.0, 0, 0, 0, 0.0),
-            PlanTerm(1, 0, 4, 4.0, 16.0, 1, 0, 2, 1e-3),
-            PlanTerm(1, 3, 1, 3.0, 1.0, 0, STUDENT_FIRST, 0, 0.0),
-            PlanTerm(1, 1, 5, 2.0, 4.0, 1, 0, 1, 1e-7),
+            PlanTerm(0, 3, -1, 1.0, 1.0, 0, 0, 0, 0.0, 0.0, 0),
+            PlanTerm(1, 0, 4, 4.0, 16.0, 1, 0, 2, 1e-3, 0.0, 1),
+            PlanTerm(1, 3, 1, 3.0, 1.0, 0, STUDENT_FIRST, 0, 0.0, 0.0, 2),
+            PlanTerm(1, 1, 5, 2.0, 4.0, 1, 0, 1, 1e-7, 0.0, 3),
         ),
         label_smoothing=0.1,
     )
@@ -395,7 +395,7 @@ def test_svg_drawing_shows_every_node_and_edge(graph: Graph) -> None:
     arrows = [
         path.get("stroke-width") for path in picture.iter(f"{SVG}path") if path.get("marker-end")
     ]
-    assert arrows.count("2") == sum(isinstance(term, KL) for term in graph.terms)
+    assert arrows.count("2") == sum(not isinstance(term, CrossEntropy) for term in graph.terms)
     assert arrows.count(None) == sum(len(node.inputs) for node in graph.nodes)
     words = "".join(picture.itertext())
     assert all(node.name in words for node in graph.nodes)

@@ -312,7 +312,8 @@ def test_download_without_network_names_address_and_file(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError) as raised:
         pretrained("torchvision:resnet18")
     assert "downloaded from https://download.pytorch.org/models/resnet18-" in str(raised.value)
-    assert "pass its path" in str(raised.value)
+    assert f"copy that file to {tmp_path}/hub/checkpoints/resnet18-" in str(raised.value)
+    assert "or pass it with --weights FILE" in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from fastokd.models.summary import forward_flops
 from fastokd.train import cadence
 from fastokd.train.build import before_teaching, build_model
 from fastokd.train.checkpoint import load_checkpoint
-from fastokd.train.compute import training_flops
+from fastokd.train.compute import epoch_costs, training_flops
 from fastokd.train.config import identity_fields
 from fastokd.train.export_run import export_run
 from fastokd.train.late_teaching import copy_student
@@ -251,6 +251,16 @@ def test_teach_epoch_of_fractions_and_epochs(teach_from, epochs, first):
     config = dataclasses.replace(CONFIG, teach_from=teach_from, epochs=epochs)
     check_config(config)
     assert config.teach_epoch() == first
+
+
+def test_costs_of_epochs_are_those_of_both_phases():
+    config = dataclasses.replace(CONFIG, freeze_epochs=0)
+    alone = dataclasses.replace(config, method="baseline", branches=None, teach_from=0.0)
+    taught = dataclasses.replace(config, teach_from=0.0)
+    low, high = (training_flops(each, 10, (32, 32)) for each in (alone, taught))
+    assert epoch_costs(config, 10, (32, 32)) == [low, low, high, high]
+    assert high > 2 * low
+    assert epoch_costs(taught, 10, (32, 32)) == []  # all alike
 
 
 def test_identity_without_late_teaching_is_unchanged():

@@ -544,8 +544,8 @@ def test_teacher_of_other_classes_is_refused(digits, teacher_run):
     with pytest.raises(
         CheckpointError,
         match=(
-            r"has the classes 0, 1, 2, 3 and 6 more, the data has 1, 2, 3, 4 and 6 more;"
-            r" use a teacher with the same classes"
+            r"has the classes 0, 1, 2, 3 and 6 more, the data has 1, 2, 3, 4 and 6 more"
+            r" \(in another order\); use a teacher with the same classes and order"
         ),
     ):
         opened(teacher_run, renamed)
@@ -639,7 +639,7 @@ def test_wrong_teacher_options_are_refused(tmp_path, digits, teacher_run):
 def test_relative_teacher_path_becomes_absolute(tmp_path, digits, teacher_run, monkeypatch):
     monkeypatch.chdir(teacher_run.parent)
     trainer = make(settings("kd", teacher_run.name, epochs=1), tmp_path / "run", digits)
-    assert trainer.run_folder.load_config().method_options["teacher"] == str(teacher_run)
+    assert trainer.run_folder.load_config().teacher == str(teacher_run)
 
 
 # --- options

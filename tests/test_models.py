@@ -26,6 +26,7 @@ from fastokd.models import (
     register_model,
     residual,
 )
+from fastokd.models.layout import to_memory_format
 from fastokd.models.resnet_cifar import CifarResNet
 from fastokd.models.summary import count_parameters, forward_flops
 from fastokd.train.config import TrainConfig
@@ -436,3 +437,16 @@ def test_new_network_is_one_file_and_one_registry_entry(tmp_path, monkeypatch):
 def test_invalid_arguments_are_reported_with_fix(build, message):
     with pytest.raises(ConfigError, match=message):
         build()
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_gradients_have_the_strides_of_their_weights(memory_format):
+    """Otherwise ``DistributedDataParallel`` warns, e.g. for 1 x 1 convolutions."""
+    model = to_memory_format(
+        create_model("mobilenetv2_x0_5", "ahbf", 10, num_branches=2, aux_blocks=1), memory_format
+    )
+    result = model(torch.randn(4, 3, 32, 32).contiguous(memory_format=memory_format))
+    (sum(row.sum() for row in result.logits) + sum(each.sum() for each in result.scores)).backward()
+    weights = [each for each in model.parameters() if each.ndim == 4 and each.grad is not None]
+    assert any(weight.shape[2:] == (1, 1) for weight in weights)
+    assert [weight.shape for weight in weights if weight.stride() != weight.grad.stride()] == []

@@ -1,5 +1,6 @@
 """``fastokd plot``: what is drawn is what the runs recorded."""
 
+import re
 import statistics
 import sys
 import xml.etree.ElementTree as ET
@@ -8,7 +9,7 @@ import pytest
 from sample_runs import EPOCHS, change_config, change_json, change_records, copied, records
 
 from fastokd.cli import main
-from fastokd.experiments.analysis.curves import training_figures
+from fastokd.experiments.analysis.curves import overview_figures, training_figures
 
 pytest.importorskip("matplotlib", reason="pip install -e '.[plots]'")
 import matplotlib
@@ -155,3 +156,20 @@ def test_plot_of_incompatible_runs_is_refused(sample_runs, tmp_path, capsys, mon
         capsys.readouterr().err == "fastokd: drawing needs matplotlib: pip install -e '.[plots]'\n"
     )
     assert not (tmp_path / "plots").exists()
+
+
+def test_logarithmic_axes_have_plain_numbers(sample_runs, tmp_path):
+    assert plot([sample_runs / "ahbf-seed0"], tmp_path) == 0
+    text = (tmp_path / "schedule.svg").read_text(encoding="utf-8")
+    assert "mathdefault" not in text
+    comments = re.findall(r"<!-- ([\d.]+) -->", text)  # of each text that is drawn
+    assert [float(number) for number in comments if float(number) in (0.01, 0.02, 0.05)]
+
+
+def test_figures_of_a_page_have_one_width(sample_runs):
+    groups = {"ahbf": [records(sample_runs / "ahbf-seed0")]}
+    widths = set()
+    for draw in (overview_figures, training_figures):
+        for figure in draw(groups, "runs", ["svg"]):
+            widths.add(re.search(rb'<svg[^>]* width="([\d.]+)pt"', figure.files["svg"])[1])
+    assert len(widths) == 1

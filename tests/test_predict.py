@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def test_predict_takes_files_folders_and_patterns(run, images, capsys, tmp_path)
     empty.mkdir()
     for argument, message in (
         (tmp_path / "absent.png", "there is no such file"),
-        (tmp_path / "*.jpg", "there is no such file"),
+        (tmp_path / "*.jpg", "no image has such a name"),
         (empty, "it holds no images"),
     ):
         code, output, errors = predict(capsys, run, argument)
@@ -125,7 +126,9 @@ def test_predict_continues_after_a_corrupt_image(run, images, capsys, tmp_path):
 def test_export_with_preprocessing_takes_pixels(run, images, capsys, tmp_path, to):
     options = ["--to", to, "--with-preprocessing", "--out", str(tmp_path), "--device", "cpu"]
     assert main(["export", str(run), *options]) == 0
-    assert "verified by running the file" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "verified by running the file" in output
+    assert "input of the file: pixels, uint8 [B, 3, H, W]" in output
     path, record, _ = open_export(tmp_path)
     file = images / "val" / "green" / "02.png"
     pixels = preprocess(record)(file)[None]
@@ -159,3 +162,14 @@ def test_preprocess_converts_images_without_a_file(run):
     Image.fromarray(gray).save(buffer, "png")
     prepare = preprocess(record)
     assert torch.equal(prepare(Image.fromarray(gray)), prepare(buffer.getvalue()))
+
+
+def test_predict_with_an_unfinished_run_names_the_fix(run, images, capsys, tmp_path):
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(run, unfinished, ignore=shutil.ignore_patterns("student.*"))
+    code, _, errors = predict(capsys, unfinished, images / "val")
+    assert code == 4
+    assert f"{unfinished} is not finished; write the student" in errors
+    assert main(["export", str(unfinished), "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert predict(capsys, unfinished / "export", images / "val")[0] == 0

@@ -75,6 +75,20 @@ class TestPace:
         clock.now += 1
         assert pace.end_epoch() == pytest.approx(20 * 0.5 + 1)
 
+    def test_time_left_counts_the_costs_of_later_epochs(self):
+        """Two epochs of the student alone, then two that cost three times as much."""
+        clock = Clock()
+        pace = Throughput(epochs=4, batch_size=8, clock=clock, costs=[2.0, 2.0, 6.0, 6.0])
+        left = []
+        for epoch, seconds in enumerate((0.5, 0.5, 1.5, 1.5)):
+            pace.start_epoch(epoch, steps=10)
+            for index in pace.waiting(batches(clock, 10, 0.0)):
+                clock.now += seconds
+                if index == 3:
+                    left.append(look(pace, 4).seconds_left_run)
+            left.append(pace.end_epoch())
+        assert left == pytest.approx([38, 35, 33, 30, 24, 15, 9, 0])
+
     def test_slow_first_step_is_forgotten(self):
         clock = Clock()
         pace = Throughput(epochs=1, batch_size=10, clock=clock)

@@ -22,6 +22,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import executor_properties
 import graph_catalog
+import masked_rows
 import ptx
 import ptx_executor
 from executor_contract import LAYOUTS, Subject, with_logits
@@ -59,6 +60,8 @@ def check_catalog_case(
         ("tsb_student_first", 3, 10, torch.float32, True),
         ("eps_exact", 3, 10, torch.float32, False),
         ("student_first_logits", 2, 100, torch.float32, True),
+        ("decoupled_mixtures", 3, 10, torch.float32, False),
+        ("jensen_shannon_probabilities", 3, 10, torch.float32, False),
     ],
 )
 def test_catalog_graph_is_as_accurate_as_torch(
@@ -134,6 +137,16 @@ def test_logit_far_above_estimated_maximum_is_handled() -> None:
         for row in inputs.logits:
             row[torch.arange(3), torch.tensor([1, 700, 1299])] += 90.0
     PTX.compare(inputs, huge=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_masked_classes_count_as_absent(dtype: torch.dtype) -> None:
+    """Loads of pairs of columns, of vectors, and of single columns."""
+    for classes in (41, 600):
+        inputs = PTX.make(
+            masked_rows.MASKED_GRAPHS["mixed probabilities"], (2, classes), dtype=dtype
+        )
+        masked_rows.compare_with_absent(PTX, inputs, torch.arange(classes) % 3 == 1)
 
 
 def test_split_rows_are_as_accurate_as_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,10 @@ from PIL import Image
 from fastokd.cli import main
 from fastokd.data import open_dataset
 from fastokd.data.images import default_workers, workers_per_process
+from fastokd.methods import get_method
 from fastokd.train.batches import describe_batches, small_data_defaults
 from fastokd.train.config import TrainConfig
+from fastokd.train.describe import describe_loss, describe_run
 from fastokd.train.distributed import BatchShare
 from fastokd.train.run_folder import RunFolder
 
@@ -50,10 +52,9 @@ def test_defaults_train_six_hundred_images(six_hundred, tmp_path, capsys):
     train += ["--aux-blocks", "0", "--out", str(out), "--device", "cpu", "--resume", "auto"]
     assert main([*train, "--epochs", "6"]) == 0
     output = capsys.readouterr().out
-    assert "few images: batch size 16 and learning rate 0.0125 instead of 128 and 0.1" in output
-    assert (
-        "37 steps per epoch of 16 images; 8 of 600 images, others in each epoch, are dr" in output
-    )
+    few = "few images: the default batch size is 16 and the default learning rate 0.0125 instead of"
+    assert f"{few} 128 and 0.1" in output
+    assert "37 steps per epoch of 16 images; each epoch drops 8 of 600 images, drawn at" in output
     assert "advice" not in output
     config = RunFolder(out).load_config()
     assert (config.batch_size, config.lr) == (16, 0.0125)
@@ -65,7 +66,20 @@ def test_defaults_train_six_hundred_images(six_hundred, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "4 steps per epoch of 128 images" in output
     assert "fewer than 20 steps; try --batch-size 16 --lr 0.0125, and more --epochs" in output
-    assert "kd_weight only reaches 0.0067 in 1 epochs" in output
+    assert "kd_weight only reaches 0.0067 in 1 epoch, so" in output
+
+
+def test_sweep_has_the_defaults_of_small_data(six_hundred, tmp_path, capsys, monkeypatch):
+    sweep = ["sweep", "--data", str(six_hundred), "--set", "model=resnet8", "--dry-run"]
+    few = "few images: the default batch size is 16 and the default learning rate 0.0125"
+    planned = []
+    monkeypatch.setattr("fastokd.cli.sweeps._run", lambda plan, *_: planned.append(plan) or 0)
+    for settings, size in ((), 16), (("--set", "lr=0.1"), 128), (("--set", "batch_size=64,32"), 64):
+        assert main([*sweep, *settings, "--out", str(tmp_path / f"sweep-{size}")]) == 0
+        assert (few in capsys.readouterr().out) == (size == 16)
+        config = planned[-1].points[0].config
+        assert (config.batch_size, config.lr) == (size, 0.0125 if size == 16 else 0.1)
+        assert planned[-1].base.lr == config.lr
 
 
 def lines(share, steps=100, **settings):
@@ -99,3 +113,16 @@ def test_decoders_share_the_cores_of_a_machine(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "100")
     assert workers_per_process() == 1
     assert default_workers() >= 1
+
+
+def test_first_lines_name_preset_and_ramp_up_only_where_they_exist():
+    assert "method ahbf (paper), 4 branches" in describe_run(TrainConfig())
+    assert "method baseline, 1 branch" in describe_run(TrainConfig(method="baseline"))
+    for method, ending in (
+        ("ahbf", "; kd_weight is 0.00674 in epoch 1, 0.287 in epoch 2"),
+        ("dml", "*kd_weight kl/branch1->branch2; kd_weight is 1 (no ramp-up)"),
+        ("baseline", "1 ce/branch1"),
+    ):
+        config = TrainConfig(method=method, epochs=2)
+        criterion = get_method(method).loss_class(num_branches=config.num_branches())
+        assert describe_loss(criterion, config).endswith(ending)

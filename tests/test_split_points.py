@@ -75,6 +75,14 @@ def test_models_lists_split_points_with_costs(capsys):
     assert {row[0] for row in rows} >= {"layer1", "layer2", "layer3.1", "layer4"}
     for _, _, share, factor in rows:  # two equal branches: the part after the split runs twice
         assert float(factor) == pytest.approx(2 - float(share) / 100, abs=0.02)
+    assert "cl_ilr, 2 branches, images of 224 x 224" in output
+    assert (
+        "fastokd train --model torchvision:resnet18 --method cl_ilr --branches 2 --data" in output
+    )
+    assert main(["models", "torchvision:resnet18", "--aux-blocks", "1"]) == 0
+    output = capsys.readouterr().out
+    assert "ahbf, 4 branches with up to 3 additional blocks, images" in output
+    assert "fastokd train --model torchvision:resnet18 --aux-blocks 1 --data FOLDER\n" in output
 
 
 def test_plain_library_name_is_suggested():

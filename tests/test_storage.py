@@ -14,6 +14,7 @@ from fastokd.storage import (
     append_line,
     format_bytes,
     remove_temporaries,
+    usable_cores,
     write_atomically,
     write_json,
 )
@@ -140,3 +141,12 @@ def test_format_bytes_uses_binary_units():
     values = (512, 10_000, 2**20, 50 * 2**20, 1.94 * 2**30, 139.4 * 2**30)
     texts = ["0.5 KiB", "9.8 KiB", "1.0 MiB", "50 MiB", "1.9 GiB", "139 GiB"]
     assert [format_bytes(value) for value in values] == texts
+
+
+def test_usable_cores_respect_affinity_and_quota(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    monkeypatch.setattr("fastokd.storage.CONTROL_GROUP", tmp_path)
+    assert usable_cores() == 64
+    for text, cores in (("max 100000", 64), ("800000 100000", 8), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(f"{text}\n")
+        assert usable_cores() == cores

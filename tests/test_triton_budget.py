@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 replaces the compiler", allow_module_level=True)
 
-from fastokd.graph import lower
+from fastokd.graph import CrossEntropy, Graph, Logits, lower, with_divergence
 from fastokd.graph.plan import Plan
 from fastokd.kernels.triton.budget import (
     SIZES,
@@ -179,6 +179,7 @@ def test_split_kernels_stay_within_budget(branches: int, classes: int, dtype: st
 
 def split_graph(name: str, soft_target: bool) -> None:
     plan = lower(GRAPHS[name]())
+    soft_target = soft_target and not plan.needs_labels
     tile = launch_tile(plan, 8, 100001, "bf16", soft_target=soft_target)
     spec = specialize(plan)
     stages = ["first"] * spec.needs_first_pass(soft_target) + ["main"]
@@ -201,6 +202,7 @@ def test_every_split_graph_compiles_without_spills(name: str, soft_target: bool)
 
 def compile_graph(name: str, classes: int, dtype: str, soft_target: bool) -> None:
     plan = lower(GRAPHS[name]())
+    soft_target = soft_target and not plan.needs_labels
     tile = launch_tile(plan, 1024, classes, dtype, soft_target=soft_target)
     for which in ("forward", "backward"):
         cost = measure(compile_kernel(which, plan, tile, dtype), tile)
@@ -209,7 +211,13 @@ def compile_graph(name: str, classes: int, dtype: str, soft_target: bool) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "soft_target"), [("mixed probabilities", True), ("first-order eps", False)]
+    ("name", "soft_target"),
+    [
+        ("mixed probabilities", True),
+        ("first-order eps", False),
+        ("decoupled", False),
+        ("divergences", True),
+    ],
 )
 def test_graph_compiles_without_spills(name: str, soft_target: bool) -> None:
     compile_graph(name, 10, "fp32", soft_target)
@@ -225,6 +233,29 @@ def test_every_graph_compiles_without_spills(
     name: str, classes: int, dtype: str, soft_target: bool
 ) -> None:
     compile_graph(name, classes, dtype, soft_target)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "most"),
+    [
+        ("kl", {"forward": 14.3, "backward": 17.0}),
+        ("symmetric-kl", {"forward": 15.9, "backward": 19.4}),
+        ("js", {"forward": 12.3, "backward": 27.9}),  # its forward pass takes two loops
+        ("dkd", {"forward": 18.2, "backward": 21.8}),
+    ],
+)
+def test_divergence_stays_within_instruction_budget(
+    divergence: str, most: dict[str, float]
+) -> None:
+    """A student's cross-entropy and a term from a frozen teacher: instructions per column."""
+    student = Graph("student", (Logits("student"),), (CrossEntropy("student"),))
+    graph = with_divergence(student.with_teacher("student", temperature=4.0), divergence)
+    plan = lower(graph)
+    tile = launch_tile(plan, 1024, 1000, "bf16")
+    for which, limit in most.items():
+        cost = measure(compile_kernel(which, plan, tile, "bf16"), tile)
+        assert (cost.stack, cost.spills) == (0, 0), (which, cost)
+        assert cost.per_column <= limit, (which, cost)
 
 
 def test_padded_rows_of_odd_length_are_loaded_as_vectors() -> None:

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import executor_properties
+import masked_rows  # noqa: F401  # registers its checks
 import worked_values  # noqa: F401  # registers its checks
 from executor_contract import CHECKS, Subject, names
 

@@ -6,10 +6,14 @@ from typing import Any
 import pytest
 
 from fastokd.graph import (
+    DKD,
     KL,
+    L1,
+    MSE,
     CrossEntropy,
     External,
     Graph,
+    JensenShannon,
     Logits,
     LowestCrossEntropy,
     MinLogit,
@@ -134,6 +138,38 @@ def shared_weights() -> Graph:
     )
 
 
+def divergences() -> Graph:
+    nodes = (*logits(3), External("x"), ProbabilityMixture("h", ("x", "z0", "z1"), "w", 2.0))
+    return Graph(
+        "divergences",
+        nodes,
+        (
+            *entropies(2),
+            JensenShannon("h", "z2", 1.0, 2.0, 0.3),
+            JensenShannon("x", "z0", 1.0, 2.0, detach=True),
+            JensenShannon("z1", "z0", 1.0, 1.5, 0.7),
+            KL("z1", "z2", 1.0, 2.0, direction="symmetric"),
+            KL("x", "z2", 1.0, 2.0, detach=True, direction="symmetric"),
+        ),
+    )
+
+
+def decoupled() -> Graph:
+    return Graph(
+        "decoupled",
+        (*logits(3), Mixture("u", ("z0", "z1"), "w")),
+        (
+            CrossEntropy("z0"),
+            DKD("u", "z0", 1.0, 4.0, beta=1.0),
+            DKD("z2", "u", 1.0, 2.0, beta=2.0, detach=True),
+            MSE("u", "z2", 0.5),
+            L1("z1", "z2", 0.5, detach=True),
+            KL("u", "z1", 1.0, 4.0),
+        ),
+        0.1,
+    )
+
+
 GRAPHS: dict[str, Callable[[], Graph]] = {
     "cross-entropy alone": lambda: Graph("alone", tuple(logits(1)), tuple(entropies(1)), 0.1),
     "cascade": lambda: ahbf(4, lambda_self=2.0),
@@ -152,4 +188,6 @@ GRAPHS: dict[str, Callable[[], Graph]] = {
     "outside eps": outside_eps,
     "first-order eps": first_order,
     "shared weights": shared_weights,
+    "divergences": divergences,
+    "decoupled": decoupled,
 }

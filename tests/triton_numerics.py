@@ -10,6 +10,7 @@ target and every dtype, but not each combination of these; the grid has them all
 
 from collections.abc import Callable, Container, Iterable
 
+import masked_rows  # registers its checks
 import numpy as np
 import pytest
 import torch
@@ -246,6 +247,15 @@ def test_split_rows_with_frozen_inputs_match_float64(
     for index in frozen:
         inputs.leaves()[index].requires_grad_(False)
     TRITON.compare(inputs)
+
+
+@pytest.mark.parametrize("name", ["cascade, exact eps", "mixed probabilities"])
+def test_split_rows_with_masked_parts_match_float64(
+    split: Callable[[int], None], name: str
+) -> None:
+    split(4)
+    inputs = TRITON.make(masked_rows.MASKED_GRAPHS[name], (1, 2500), scale=1.0)
+    masked_rows.compare_with_absent(TRITON, inputs, torch.arange(2500) // 512 % 2 == 0)
 
 
 def test_split_rows_with_wrong_labels_are_nan(split: Callable[[int], None]) -> None:

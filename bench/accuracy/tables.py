@@ -11,7 +11,7 @@ import yaml
 from bench.accuracy.presets import PRESETS
 from bench.gpu.results import ROOT
 from fastokd.experiments.analysis.compare import difference_cells, paired_test
-from fastokd.experiments.analysis.figures import require_matplotlib, save_svg
+from fastokd.experiments.analysis.figures import label_log_axis, require_matplotlib, save_svg
 from fastokd.experiments.analysis.tables import markdown_table, spread
 from fastokd.train.config import TrainConfig
 
@@ -271,9 +271,11 @@ def draw_frontier(data: Mapping[str, Any], path: Path) -> Path:
                     fontsize="x-small",
                 )
     axes.set_xscale("log")
+    label_log_axis(axes.xaxis)
     axes.set_xlabel("training compute, TFLOPs (numbers at points: epochs)")
     axes.set_ylabel("student's error in the last epoch, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    axes.set_title(f"{data['title']}; bars: sample standard deviation", fontsize="medium")
+    title = f"{data['title']}; bars: sample standard deviation"
+    figure.suptitle(title, fontsize="medium", wrap=True)
     return save_svg(plt, figure, path, data)

@@ -1,5 +1,5 @@
 """The losses alone: the graphs of AHBF at seven sizes, single losses of other libraries, every
-method's graph at one size.
+divergence and every method's graph at one size.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from bench.gpu.part import Context, Part, Row
 from bench.gpu.results import Results
 from bench.suite import SIZES
 from fastokd.errors import first_line
-from fastokd.graph import KL, CrossEntropy, Graph, Logits, lower
+from fastokd.graph import DIVERGENCES, KL, CrossEntropy, Graph, Logits, lower, with_divergence
 from fastokd.graph.plan import Plan
 from fastokd.methods import get_method, list_methods
 from fastokd.ops import evaluate, forward_backward
@@ -89,7 +89,9 @@ def make_inputs(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
 
-    constant = {term.teacher for term in graph.terms if isinstance(term, KL) and term.detach}
+    constant = {
+        term.teacher for term in graph.terms if not isinstance(term, CrossEntropy) and term.detach
+    }
     learning = {
         name
         for term in graph.terms
@@ -309,6 +311,10 @@ def _cases(
         )
         return {"loss": name, "preset": preset}, loss.graph
 
+    def of_term(divergence: str) -> tuple[dict[str, str], Graph]:
+        graph = SINGLES["cross-entropy"].with_teacher("student", temperature=TEMPERATURE)
+        return {"loss": divergence, "preset": "frozen teacher"}, with_divergence(graph, divergence)
+
     def of_single(name: str) -> tuple[dict[str, str], Graph]:
         return {"loss": name}, SINGLES[name]
 
@@ -324,6 +330,9 @@ def _cases(
     for size in () if context.dry else SINGLE_SIZES[:2]:
         for name in SINGLES:
             yield *of_single(name), size, full, PASSES
+    for divergence in DIVERGENCES:
+        size = tiny[0] if context.dry else METHOD_SIZE
+        yield *of_term(divergence), size, half, PASSES[1:]
     for name in list_methods():
         if name != "ahbf":
             yield *of_method(name), tiny[0] if context.dry else METHOD_SIZE, half, PASSES[1:]

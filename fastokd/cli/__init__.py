@@ -5,6 +5,7 @@ import difflib
 import io
 import os
 import select
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ Exit codes: {"; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    is_program = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     warnings.formatwarning = lambda message, *_: f"{message}\n"
     try:
@@ -47,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"fastokd: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as error:
+        if is_program:  # a second Ctrl-C ends the program at once, without a traceback
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         if not getattr(error, "repeated", False):
             print(f"fastokd: {error}" if str(error) else "fastokd: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import tyro
 
-from fastokd.cli.options import console, make_table
+from fastokd.cli.options import make_table, print_table
 from fastokd.errors import ConfigError
 from fastokd.methods import get_method, list_methods
 from fastokd.models import (
@@ -18,6 +18,7 @@ from fastokd.models import (
 )
 from fastokd.models.libraries import library_split_points, recommended_split_point, trunk_share
 from fastokd.models.summary import check_images, model_costs
+from fastokd.train.config import TrainConfig
 
 
 def models(
@@ -37,7 +38,7 @@ def models(
         name: Network to print in detail: a listed one, torchvision:NAME, timm:NAME or MODULE:NAME;
             peers may differ: resnet20,resnet32
         method: Method whose training network is counted
-        at: First module that is separate for each branch (torchvision, timm and own networks);
+        at: First module that is separate for each branch (torchvision, timm and custom networks);
             without it all split points are listed with their costs
         compression: Make the deepest branch the student; each branch before it has --aux-blocks
             fewer blocks
@@ -85,17 +86,34 @@ def _print_split_points(name: str, layout: Mapping[str, Any], image_size: int | 
             reason = str(error)
         mark = " (recommended)" if point == recommended else ""
         table.add_row(f"{point}{mark}", f"{100 * trunk_share(name, point):.0f}", *cells)
-    console().print(table)
+    print_table(table, wrap=False)
     if reason:
         print(f"-: {reason}")
     if recommended is None:
         print(f"{name} has no split point; use --method dml, whose peers are whole networks")
         return
+    branches = layout["num_branches"] or get_method(layout["method"]).default_branches
+    deeper = f" with up to {layout['aux_blocks'] * (branches - 1)} additional blocks"
+    hierarchical = get_method(layout["method"]).hierarchical and layout["aux_blocks"]
     print(
-        f"{layout['method']}, images of {size} x {size}; a later point shares more and trains"
-        " faster, an earlier one gives each branch more layers (docs/bring-your-own.md)"
+        f"{layout['method']}, {branches} branches{deeper if hierarchical else ''}, images of {size}"
+        f" x {size}; a later point shares more and usually trains faster, an earlier one gives each"
+        " branch more layers (docs/bring-your-own.md)"
     )
-    print(f"train it: fastokd train --model {name} --data FOLDER; another point: --at POINT")
+    print(f"train it: fastokd train --model {name}{_changed(layout)} --data FOLDER")
+    print("another point: add --at POINT; cheaper: fewer --branches or --aux-blocks")
+
+
+def _changed(layout: Mapping[str, Any]) -> str:
+    """The options of ``fastokd train`` for a layout that differs from the defaults."""
+    defaults = TrainConfig()
+    names = {"num_branches": "branches"}
+    values = {names.get(name, name): value for name, value in layout.items()}
+    return "".join(
+        f" --{name.replace('_', '-')} {value}"
+        for name, value in values.items()
+        if name != "num_classes" and value != getattr(defaults, name)
+    )
 
 
 def _costs(
@@ -131,7 +149,7 @@ def _print_networks(
         allowed = allowed_methods(name)
         methods = "all" if allowed == list_methods() else ", ".join(allowed)
         table.add_row(name, str(size), *cells, methods)
-    console().print(table)
+    print_table(table, wrap=False)
     print(
         f"student and training network for {layout['num_classes']} classes; FLOPs of one image"
         " forward, 2 per multiply-add; one in detail: fastokd models NAME; all methods:"
@@ -151,7 +169,7 @@ def _print_network(name: str, layout: Mapping[str, Any], image_size: int | None)
     for part, cost in costs.items():
         title = titles.get(part, f"{part}, a peer" if peers else f"{part}, with the trunk")
         table.add_row(title, f"{cost.parameters:,}", f"{cost.flops / 1e6:,.2f}")
-    console().print(table)
+    print_table(table, wrap=False)
     allowed = [
         method
         for method in list_methods()

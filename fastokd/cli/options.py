@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import inspect
 import os
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -152,6 +154,10 @@ def with_options(target: T) -> T:
     Options that are not in the docstring are described in ``SHARED``, or like the configuration's
     field.
     """
+    if not inspect.isclass(target):  # of a class, tyro joins the lines of a description
+        target.__doc__ = re.sub(
+            r"(?<=\S)\n {8,}(?=\S)", " ", inspect.cleandoc(target.__doc__ or "")
+        )
     hints: Any = get_type_hints(target, include_extras=True)
     one_of: Any = Literal
     for name, hint in hints.items():
@@ -200,9 +206,19 @@ def say(text: str) -> None:
     console().print(text, markup=False)
 
 
-def print_table(table: Table) -> None:
-    """Print a table in the width of the terminal, or ``PIPED_WIDTH``."""
-    console(soft_wrap=False).print(table)
+def print_table(table: Table, wrap: bool = True) -> None:
+    """Print a table in the width of the terminal, or ``PIPED_WIDTH``; without ``wrap`` in its own.
+
+    Lines in a pipe or file do not end with blanks, which a narrow terminal would wrap.
+    """
+    made = console(soft_wrap=not wrap)
+    if made.is_terminal:
+        made.print(table)
+        return
+    with made.capture() as captured:
+        made.print(table)
+    for line in captured.get().splitlines():
+        print(line.rstrip())
 
 
 def make_table(left: str, *right: str) -> Table:

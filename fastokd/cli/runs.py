@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from fastokd.cli.options import Which, make_table, print_table, progress_bar, say
-from fastokd.errors import EXIT_DATA, EXIT_OK, ConfigError, escape
+from fastokd.errors import EXIT_DATA, EXIT_OK, CheckpointError, ConfigError, escape
 from fastokd.experiments.analysis.study import analyze_run
 from fastokd.export import find_images, list_formats, open_export, predict_files
 from fastokd.export.evaluate import evaluate_export
@@ -43,7 +43,7 @@ def evaluate(
     run = load_run(path, which, data, device, split)
     images = run.images
     say(
-        f"{path}: {which} checkpoint, {run.state['epoch']} epochs; {run.dataset.name},"
+        f"{path}: {which} checkpoint, {_epochs(run.state['epoch'])}; {run.dataset.name},"
         f" {len(images)} {images.name} images"
     )
     result = run.evaluator.measure(run.loader)
@@ -54,6 +54,10 @@ def evaluate(
         more = (metric.text(result.metrics[key].get(name)) for key, metric in shown.items())
         table.add_row(f"{name} (student)" if student else name, f"{100 * value:.2f}", *more)
     print_table(table)
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'s' * (count != 1)}"
 
 
 def _evaluate_export(path: Path, data: str | None, split: str | None, device: str) -> None:
@@ -81,7 +85,7 @@ def predict(
 ) -> int:
     """Classify image files with the student of a run or an exported student.
 
-    Images that cannot be read are reported at their place, and the exit code is then 3.
+    Images that cannot be read are reported in their place, and the exit code is then 3.
 
     Args:
         path: Run folder (the student of its last epoch), or an exported student: a file of any
@@ -96,15 +100,21 @@ def predict(
     if (path / "config.yaml").is_file():
         run = RunFolder.open(path)
         run.load_config()  # imports the run's plug-ins
+        if not run.student.is_file():
+            raise CheckpointError(
+                f"{path} is not finished; write the student of its last checkpoint with"
+                f" 'fastokd export {path}', and pass {path / 'export'}"
+            )
         path = run.student
     files = find_images(images)
-    results = list(predict_files(open_export(path, choose_device(device)), files, top))
-    if json:
-        print(json_format.dumps([result.as_json() for result in results], indent=2))
-    else:
-        for result in results:
+    results = []
+    for result in predict_files(open_export(path, choose_device(device)), files, top):
+        results.append(result)
+        if not json:
             classes = (f"{escape(name)} {100 * value:.2f} %" for name, value in result.classes)
             say(f"{escape(result.file)}: {', '.join(classes) or f'not read: {result.error}'}")
+    if json:
+        print(json_format.dumps([result.as_json() for result in results], indent=2))
     failed = sum(bool(result.error) for result in results)
     if failed:
         print(f"fastokd: {failed} of {len(files)} images cannot be read", file=sys.stderr)
@@ -152,7 +162,7 @@ _COLUMNS = (
 def _print_analysis(record: Mapping[str, Any]) -> None:
     student, measures = record["student"], record["measures"]
     say(
-        f"{record['run']}: {record['checkpoint']} checkpoint, {record['epochs']} epochs;"
+        f"{record['run']}: {record['checkpoint']} checkpoint, {_epochs(record['epochs'])};"
         f" {record['data']}, {record['images']} {record['split']} images, of which {student} gets"
         f" {record['student_errors']} wrong"
     )
@@ -222,3 +232,8 @@ def export(
         f"verified by running the file: {same} on {compared.num_images} images, accuracy"
         f" {100 * compared.accuracy:.2f} %"
     )
+    if with_preprocessing:
+        say(
+            "input of the file: pixels, uint8 [B, 3, H, W] in RGB; it divides and normalizes them"
+            " itself"
+        )

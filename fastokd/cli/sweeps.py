@@ -17,8 +17,9 @@ from fastokd.experiments.sweep.grid import parse_values
 from fastokd.experiments.sweep.plan import Plan
 from fastokd.experiments.sweep.queue import parse_devices, parse_per_device
 from fastokd.experiments.sweep.reproduce import plan_reproduction, table_of_tables
-from fastokd.experiments.sweep.sweep import plan_sweep
+from fastokd.experiments.sweep.sweep import fit_small_data, plan_sweep
 from fastokd.plugins import load_plugins
+from fastokd.train.batches import BATCH_FIELDS
 from fastokd.train.config import override
 
 
@@ -71,7 +72,12 @@ def sweep(
     changes: dict[str, Any] = {} if data is None else {"data": absolute_spec(data)}
     changes["plugin"] = (*base.plugin, *load_plugins(plugin))
     base = override(base, changes)
-    plan = plan_sweep(base, get_recipe(recipe) if recipe else None, parse_values(set), seeds, out)
+    values = parse_values(set)
+    plan = plan_sweep(base, get_recipe(recipe) if recipe else None, values, seeds, out)
+    if plan.base.data and not (BATCH_FIELDS & values.keys() or recipe or config):
+        plan, line = fit_small_data(plan)
+        if line:
+            say(line)
     if equal_compute:
         plan = add_students_alone(plan)
     return _run(plan, dry_run, devices, per_device)

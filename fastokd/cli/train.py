@@ -162,7 +162,7 @@ def _train_here(
     run: RunOptions, base: TrainConfig, given: dict[str, Any], signals: StopSignals
 ) -> int:
     from fastokd.data import absolute_spec
-    from fastokd.train.batches import BatchChoice
+    from fastokd.train.batches import BATCH_FIELDS, BatchChoice
     from fastokd.train.distributed import process_group
     from fastokd.train.progress import Reporter
     from fastokd.train.session import begin_run, resume_run
@@ -171,8 +171,7 @@ def _train_here(
     if "data" in given:  # the run can then be resumed and evaluated from any folder
         given["data"] = absolute_spec(given["data"])
     largest: BatchChoice = _parse_batch_size(given) if "batch_size" in given else None
-    chosen = {"batch_size", "lr", "lr_scaling", "device_batch"} & given.keys()
-    if not (chosen or largest or run.recipe or run.config):
+    if not (BATCH_FIELDS & given.keys() or largest or run.recipe or run.config):
         largest = "data"
     resumed = Path(run.resume) if run.resume not in (None, "auto") else None
     settings = dataclasses.replace(base, **given) if resumed else override(base, given)
@@ -202,6 +201,11 @@ def _train_here(
             return EXIT_OK
         try:
             summary = trainer.run()
+        except KeyboardInterrupt as error:
+            if error.args:
+                raise
+            problem = "interrupted before the first step, so nothing new is saved"
+            raise KeyboardInterrupt(problem) from None
         finally:
             if ranks.is_main:
                 trainer.run_folder.discard_without_checkpoint()

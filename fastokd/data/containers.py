@@ -15,17 +15,17 @@ _UNPACK = {
     (".gz",): "gunzip --keep {file}",
 }
 _ARRAYS = (
-    ".npz",
-    ".npy",
+    ".arrow",
     ".h5",
     ".hdf5",
     ".lmdb",
-    ".mdb",
     ".mat",
+    ".mdb",
+    ".npy",
+    ".npz",
     ".pkl",
     ".pickle",
     ".pt",
-    ".arrow",
 )
 _WRITE = (
     "write each image to FOLDER/CLASS/NUMBER.png, for example by"

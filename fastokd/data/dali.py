@@ -441,9 +441,8 @@ class DaliLoader(StreamLoader):
         else:
             define, size = do_not_convert(self._define), self.framing.size
 
-            def graph() -> tuple[
-                Node, Node
-            ]:  # DALI rewrites its conditions and those of functions it calls
+            # DALI rewrites its conditions and those of functions it calls.
+            def graph() -> tuple[Node, Node]:
                 images, gray, drawn = define(source)
                 return policy.apply(images, drawn, size), gray
 

@@ -172,9 +172,9 @@ class DataSource(Generic[S]):
         if not val_split:
             if self.test is None:
                 folders = [name for name in self.skipped if name.endswith("/")]
-                beside = f" (unused folders: {summarize(folders)})" if folders else ""
-                problem = f"no val/ or test/ images{beside}"
-                fix = "hold some training images out with --val-split"
+                unused = f" (unused folders: {summarize(folders)})" if folders else ""
+                problem = f"no val/ or test/ images{unused}"
+                fix = "hold out training images, e.g. --val-split 0.1"
                 raise invalid(self.root or self.name, f"{problem}; {fix}")
             return self.train, self.test, self.val
         if self.val is not None:
@@ -241,7 +241,7 @@ class SplitSet(Generic[S]):
         if found is None:
             fix = "use train, val or test"
             if name == "val":
-                fix = "hold some training images out with --val-split"
+                fix = "hold out training images, e.g. --val-split 0.1"
             raise ConfigError(f"{self.name} has no split '{name}'; {fix}")
         return found
 

@@ -18,7 +18,7 @@ from fastokd.data.decoding import EXTENSIONS as EXTENSIONS
 from fastokd.data.decoding import Color, central_part
 from fastokd.data.decoding import decode as decode
 from fastokd.errors import ConfigError, DataError, escape, summarize
-from fastokd.storage import available_memory
+from fastokd.storage import available_memory, usable_cores
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,8 +31,7 @@ _CHUNK = 64
 
 def default_workers() -> int:
     """One decoding thread per CPU core that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    return usable_cores()
 
 
 def workers_per_process() -> int:

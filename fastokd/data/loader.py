@@ -296,6 +296,7 @@ _loaders: Registry[LoaderKind] = Registry(
         "torchvision": "fastokd.data.torchvision_loader",
     },
     reserved=["auto"],
+    has_plugins=True,
 )
 
 

@@ -33,6 +33,7 @@ _datasets: Registry[DatasetKind] = Registry(
         "webdataset": "fastokd.data.webdataset:WEBDATASET",
         "folder": "fastokd.data.folder:FOLDER",
     },
+    has_plugins=True,
 )
 
 

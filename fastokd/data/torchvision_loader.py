@@ -89,11 +89,9 @@ class TorchvisionLoader(StreamLoader):
                 pixels, indices, corrupt, failure = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:  # a worker was killed, or out of time or shared memory
+            except RuntimeError as error:  # a worker was killed, crashed or is out of time
                 self._workers = None
-                raise DataError(
-                    f"{error}; a smaller --batch-size or fewer workers need less memory"
-                ) from error
+                raise DataError(explain_lost_worker(error)) from error
             if corrupt:
                 self._note_corrupt(corrupt)
             if failure:
@@ -123,6 +121,22 @@ class TorchvisionLoader(StreamLoader):
             generator=torch.Generator(),  # the default one is that of the network's layers
             **multiple,
         )
+
+
+def explain_lost_worker(error: RuntimeError) -> str:
+    """The message of a ``DataLoader`` whose workers failed, with the probable cause and a fix."""
+    texts = [str(each).strip().rstrip(".") for each in (error, error.__cause__) if each]
+    text = "; ".join(dict.fromkeys(texts))
+    if any(word in text for word in ("signal: Killed", "Bus error", "shared memory")):
+        return f"{text}; a smaller --batch-size or fewer workers need less memory"
+    if "timed out" in text:
+        return f"{text}; reading or decoding is slow: pass a larger timeout, or timeout=0"
+    if "Too many open files" in text:
+        return text
+    return (
+        f"{text}; a file may crash the decoder: 'fastokd data check DATA' finds it, or pass"
+        " --loader-options workers=0 to see the error"
+    )
 
 
 def _ignore_interrupts(_: int) -> None:

@@ -7,11 +7,17 @@ import torch
 
 from fastokd.data import Augment, FileSplit, open_evaluation
 from fastokd.data.loader import best_file_loader, get_loader_kind
-from fastokd.errors import CheckpointError, ConfigError, DataError, escape
+from fastokd.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    class_differences,
+    escape,
+    summarize,
+)
 from fastokd.export.check import measure_metrics
 from fastokd.export.files import open_export
 from fastokd.export.preprocessing import background_of
-from fastokd.export.record import class_difference
 
 
 class ExportAccuracy(NamedTuple):
@@ -49,8 +55,11 @@ def evaluate_export(
     file, record, runtime = open_export(path, device)
     preprocessing, classes = record["preprocessing"], record["classes"]
     if data is None:
-        hint = f"its recorded accuracy is on {escape(record['accuracy']['data'])}"
-        raise ConfigError(f"{file}: an exported student needs --data; {hint}")
+        stored = record["accuracy"]
+        raise ConfigError(
+            f"{file}: an export does not contain the path of its data, {escape(stored['data'])};"
+            f" pass --data FOLDER, with the {len(classes)} classes of the student"
+        )
     height, width = preprocessing["image_size"]
     side = min(height, width)
     # The student was trained on random resized crops: evaluate center crops of larger images.
@@ -62,8 +71,11 @@ def evaluate_export(
         decoded=not cropped,
         background=background_of(record),
     )
-    if difference := class_difference(classes, opened.classes):
-        raise CheckpointError(f"the student knows {difference}")
+    if list(opened.classes) != classes:
+        known = f"{len(classes)} classes ({summarize(classes, 3)})"
+        given = f"{len(opened.classes)} ({summarize(opened.classes, 3)})"
+        which = class_differences(classes, opened.classes)
+        raise CheckpointError(f"the student knows {known}, the data has {given}{which}")
     images = opened.images
     settings: dict[str, Any] = {
         "mean": preprocessing["mean"],

@@ -51,7 +51,11 @@ def find_images(paths: Sequence[str]) -> list[str]:
         else:
             inside = sorted(file for file in glob.glob(text, recursive=True) if _is_image(file))
         if not inside:
-            problem = "it holds no images" if path.is_dir() else "there is no such file"
+            problem = "there is no such file"
+            if path.is_dir():
+                problem = "it holds no images"
+            elif glob.has_magic(text):
+                problem = "no image has such a name"
             raise DataError(f"{escape(text)}: {problem}; pass images, folders or patterns")
         files += inside
     if not files:

@@ -2,11 +2,11 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastokd.data import Dataset, FileDataset
-from fastokd.errors import CheckpointError, summarize
+from fastokd.errors import CheckpointError
 from fastokd.version import __version__
 
 FORMAT = 1
@@ -58,19 +58,6 @@ def student_record(
         "provenance": {"fastokd": __version__, **provenance},
         "export": {"to": "safetensors"},
     }
-
-
-def class_difference(known: Sequence[str], given: Sequence[str]) -> str:
-    """The classes of a network and those of a dataset, for a message; "" if they are equal."""
-    if list(known) == list(given):
-        return ""
-    sizes = [f"{len(names)} classes ({summarize(names, 3)})" for names in (known, given)]
-    text = f"{sizes[0]}, the data has {sizes[1]}"
-    missing, added = sorted({*known} - {*given}), sorted({*given} - {*known})
-    if not (missing or added):
-        return f"{text}: the same names in another order"
-    parts = ((missing, "missing from the data"), (added, "unknown to the network"))
-    return f"{text}; " + ", ".join(f"{how}: {summarize(part, 4)}" for part, how in parts if part)
 
 
 def _numbers(value: Any, count: int, kinds: tuple[type, ...]) -> bool:

@@ -68,7 +68,8 @@ def _check_code(name: str, where: str) -> None:
         if colon and module not in LIBRARIES and not is_loaded(module):
             raise CheckpointError(
                 f"{where} is the network {escape(network)} of the module {escape(module)}; if you"
-                f" trust that code, import it first, or pass --plugin {escape(module)}"
+                " trust that code, import it first, or pass --plugin with its file or with"
+                f" {escape(module)}@FOLDER"
             )
 
 

@@ -3,7 +3,18 @@
 import re
 
 from fastokd.graph.graph import Graph
-from fastokd.graph.nodes import KL, CrossEntropy, Node, ProbabilityMixture
+from fastokd.graph.nodes import (
+    DKD,
+    KL,
+    L1,
+    MSE,
+    CrossEntropy,
+    JensenShannon,
+    Node,
+    ProbabilityMixture,
+    Standardized,
+    Term,
+)
 
 
 def _number(value: float) -> str:
@@ -14,6 +25,8 @@ def definition(node: Node, externals: tuple[str, ...]) -> str:
     """The right-hand side of a node's definition."""
     if not node.inputs:
         return "given"
+    if isinstance(node, Standardized):
+        return f"({node.input} - mean) / standard deviation"
     weights = getattr(node, "weights", None)
     if weights is None:
         functions = {
@@ -31,21 +44,30 @@ def definition(node: Node, externals: tuple[str, ...]) -> str:
     return " + ".join(parts)
 
 
-def coefficient(term: CrossEntropy | KL) -> str:
+def coefficient(term: Term) -> str:
     """The weight of a term with everything constant multiplied out."""
     return _number(term.coefficient) + (" * kd_weight" if term.scheduled else "")
 
 
-def notes(term: KL) -> str:
-    """The properties of a KL edge, without its coefficient."""
-    parts = [f"T={_number(term.temperature)}"]
+def divergence(term: KL | JensenShannon | DKD | MSE | L1) -> str:
+    """The name of a term between a teacher and a student, as it is drawn."""
+    return type(term).word.upper()
+
+
+def notes(term: KL | JensenShannon | DKD | MSE | L1) -> str:
+    """The properties of a term between a teacher and a student, without its coefficient."""
+    parts = [] if isinstance(term, (MSE, L1)) else [f"T={_number(term.temperature)}"]
+    if isinstance(term, DKD):
+        parts.append(f"alpha={_number(term.alpha)}")
+    if isinstance(term, (DKD, JensenShannon)):
+        parts.append(f"beta={_number(term.beta)}")
     if term.detach:
         parts.append("teacher detached")
-    if term.eps:
+    if isinstance(term, KL) and term.eps:
         order = " first order" if term.eps_mode == "first_order" else ""
         parts.append(f"eps={_number(term.eps)}{order}")
-    if term.direction == "student_first":
-        parts.append("student first")
+    if isinstance(term, KL) and term.direction != "teacher_first":
+        parts.append(term.direction.replace("_", " "))
     return ", ".join(parts)
 
 
@@ -65,9 +87,12 @@ def draw_text(graph: Graph) -> str:
             lines.append(f"  {coefficient(term):>16}  CE({term.node}, target)")
         else:
             pair = [term.teacher, term.student]
-            rows = " || ".join(reversed(pair) if term.direction == "student_first" else pair)
-            kl = f"KL({rows})  teaches {term.student}; {notes(term)}"
-            lines.append(f"  {coefficient(term):>16}  {kl}")
+            if isinstance(term, KL) and term.direction == "student_first":
+                pair.reverse()
+            separator = " || " if isinstance(term, KL) else ", "
+            remark = f"; {notes(term)}" if notes(term) else ""
+            text = f"{divergence(term)}({separator.join(pair)})  teaches {term.student}{remark}"
+            lines.append(f"  {coefficient(term):>16}  {text}")
     if graph.label_smoothing:
         lines.append(f"label smoothing {_number(graph.label_smoothing)} in every cross-entropy")
     return "\n".join(lines)
@@ -102,6 +127,7 @@ def draw_mermaid(graph: Graph) -> str:
         if isinstance(term, CrossEntropy):
             lines.append(f'  label -. "{coefficient(term)}" .-> {ids[term.node]}')
         else:
-            kl = f'"KL {coefficient(term)}, {notes(term)}"'
-            lines.append(f"  {ids[term.teacher]} == {kl} ==> {ids[term.student]}")
+            label = ", ".join(filter(None, (coefficient(term), notes(term))))
+            arrow = f'"{divergence(term)} {label}"'
+            lines.append(f"  {ids[term.teacher]} == {arrow} ==> {ids[term.student]}")
     return "\n".join(lines)

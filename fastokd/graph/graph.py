@@ -1,7 +1,7 @@
 """The graph itself: nodes, terms, and every rule a graph must keep, checked when it is made."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -9,22 +9,30 @@ from typing import Any, Literal
 from fastokd._moved import renamed_property
 from fastokd.errors import GraphError, did_you_mean
 from fastokd.graph.nodes import (
+    DKD,
     KL,
+    L1,
+    MSE,
     CrossEntropy,
     External,
+    JensenShannon,
     Logits,
     LowestCrossEntropy,
     MinLogit,
     Mixture,
     Node,
     ProbabilityMixture,
+    Standardized,
     Term,
 )
 
 CONSTANTS = (External, MinLogit, LowestCrossEntropy)
-_ALLOWED_INPUTS = {
+LEARNING = (Logits, Mixture, Standardized)
+PROBABILITIES = (External, ProbabilityMixture)
+_ALLOWED_INPUTS: dict[type, tuple[type[Node], ...]] = {
     Mixture: (Logits, Mixture),
-    ProbabilityMixture: (Logits, Mixture, External),
+    Standardized: (Logits, Mixture),
+    ProbabilityMixture: (*LEARNING, External),
     MinLogit: (Logits, Mixture),
     LowestCrossEntropy: (Logits, Mixture),
 }
@@ -88,6 +96,30 @@ class Graph:
         nodes = (*self.nodes, Logits(name) if rows == "logits" else External(name))
         return replace(self, nodes=nodes, terms=(*self.terms, *terms), teacher=name)
 
+    def replace(
+        self, change: Callable[[Term], Term | None], nodes: Iterable[Node] = (), name: str = ""
+    ) -> "Graph":
+        """The graph with other terms.
+
+        Args:
+            change: a function from each term to the one in its place; None removes the term.
+            nodes: nodes that the new terms need and the graph does not have.
+            name: of the new graph, by default the same.
+
+        Derived nodes that reach no term any more are removed.
+
+        Raises:
+            GraphError: the new graph breaks a rule.
+        """
+        terms = tuple(new for term in self.terms if (new := change(term)) is not None)
+        everything = (*self.nodes, *nodes)
+        used = {name for term in terms for name in _nodes_of(term)}
+        # A node may follow its users in the list, so repeat until nothing is added.
+        while added := {i for node in everything if node.name in used for i in node.inputs} - used:
+            used |= added
+        kept = tuple(node for node in everything if not node.inputs or node.name in used)
+        return replace(self, nodes=kept, terms=terms, name=name or self.name)
+
     @cached_property
     def by_name(self) -> dict[str, Node]:
         return {node.name: node for node in self.nodes}
@@ -100,6 +132,10 @@ class Graph:
     @cached_property
     def externals(self) -> tuple[str, ...]:
         return tuple(node.name for node in self.nodes if isinstance(node, External))
+
+    @cached_property
+    def standardized(self) -> tuple[Standardized, ...]:
+        return tuple(node for node in self.nodes if isinstance(node, Standardized))
 
     @property
     def mixtures(self) -> tuple[str, ...]:
@@ -190,12 +226,16 @@ class Graph:
         if isinstance(term, CrossEntropy):
             node = self._find(term.node, unknown)
             _require(
-                isinstance(node, (Logits, Mixture)),
+                isinstance(node, LEARNING),
                 f"{where}: a cross-entropy needs logits, but '{node.name}' is of kind {node.kind}",
             )
         else:
             teacher, student = self._find(term.teacher, unknown), self._find(term.student, unknown)
-            _check_kl(term, teacher, student, where)
+            _check_pair(term, teacher, student, where)
+            if isinstance(term, KL):
+                _check_kl(term, teacher, where)
+            else:
+                _check_divergence(term, teacher, student, where)
 
     def _check_whole(self) -> None:
         where, names = f"graph '{self.name}'", [term.name for term in self.terms]
@@ -207,11 +247,11 @@ class Graph:
             _require(
                 names.count(name) == 1,
                 f"{where} has two terms '{name}'; a node has one cross-entropy and a pair of nodes"
-                " one KL edge",
+                " one term of a kind",
             )
         used: set[str] = set()
         for term in self.terms:
-            used |= {term.node} if isinstance(term, CrossEntropy) else {term.teacher, term.student}
+            used |= _nodes_of(term)
         for node in reversed(self.ordered):
             if node.name in used:
                 used.update(node.inputs)
@@ -248,10 +288,17 @@ def _check_weights(node: Mixture | ProbabilityMixture, widths: dict[str, tuple[s
         )
 
 
-def _check_kl(term: KL, teacher: Node, student: Node, where: str) -> None:
+def _nodes_of(term: Term) -> set[str]:
+    return {term.node} if isinstance(term, CrossEntropy) else {term.teacher, term.student}
+
+
+def _check_pair(
+    term: KL | JensenShannon | DKD | MSE | L1, teacher: Node, student: Node, where: str
+) -> None:
+    """The rules of every term between a teacher and a student."""
     _check_temperature(term.temperature, where)
     _require(
-        isinstance(student, (Logits, Mixture)),
+        isinstance(student, LEARNING),
         f"{where}: the student must be logits or a mixture, but '{student.name}' is of kind"
         f" {student.kind}",
     )
@@ -265,25 +312,53 @@ def _check_kl(term: KL, teacher: Node, student: Node, where: str) -> None:
         f"{where} has detach={term.detach!r}, t2_scaling={term.t2_scaling!r}; both must be True"
         " or False",
     )
+
+
+def _check_kl(term: KL, teacher: Node, where: str) -> None:
     has_eps = math.isfinite(term.eps) and 0 <= term.eps < 1
     _require(has_eps, f"{where} has eps={term.eps}; it must be in [0, 1)")
     for field, choices in (
         ("eps_mode", ("exact", "first_order")),
-        ("direction", ("teacher_first", "student_first")),
+        ("direction", ("teacher_first", "student_first", "symmetric")),
     ):
         value = getattr(term, field)
-        words = " or ".join(map(repr, choices))
+        words = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
         _require(value in choices, f"{where} has {field}={value!r}; use {words}")
     _require(
         not term.eps or term.direction == "teacher_first",
         f"{where}: eps is defined for the teacher-first direction only; set eps=0",
     )
-    is_probability = isinstance(teacher, (External, ProbabilityMixture))
     _require(
-        not (term.eps and term.eps_mode == "first_order" and is_probability),
+        not (term.eps and term.eps_mode == "first_order" and isinstance(teacher, PROBABILITIES)),
         f"{where}: eps_mode='first_order' needs a teacher of logits, but '{teacher.name}' is of"
         f" kind {teacher.kind}; use 'exact'",
     )
+
+
+def _check_divergence(
+    term: JensenShannon | DKD | MSE | L1, teacher: Node, student: Node, where: str
+) -> None:
+    if isinstance(term, JensenShannon):
+        in_range = math.isfinite(term.beta) and 0 < term.beta < 1
+        _require(in_range, f"{where} has beta={term.beta}; it must be between 0 and 1")
+        return
+    _require(
+        isinstance(teacher, LEARNING),
+        f"{where} needs a teacher of logits, but '{teacher.name}' is of kind {teacher.kind}",
+    )
+    if isinstance(term, DKD):
+        for field in ("alpha", "beta"):
+            value = getattr(term, field)
+            is_weight = math.isfinite(value) and value >= 0
+            _require(is_weight, f"{where} has {field}={value}; it must be finite and not negative")
+        _require(term.alpha or term.beta, f"{where} has alpha=0 and beta=0; it would be 0")
+        return
+    for node in (teacher, student):
+        _require(
+            not isinstance(node, Standardized),
+            f"{where} depends on the mean of the logits, which the standardized node"
+            f" '{node.name}' does not subtract; use a term with a softmax",
+        )
 
 
 def _check_temperature(value: float, where: str) -> None:

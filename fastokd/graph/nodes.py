@@ -1,8 +1,11 @@
 """Nodes and terms of a distillation graph.
 
-A node is one row per sample. Rows of logits (``Logits``, ``Mixture``) can learn: they may be
-students, carry cross-entropies and feed other nodes. The other nodes are teacher rows: they may
-only be the teacher of a KL edge (an ``External`` row may also feed a ``ProbabilityMixture``).
+A node is one row per sample. Rows of logits (``Logits``, ``Mixture``, ``Standardized``) can learn:
+they may be students, carry cross-entropies and feed other nodes. The other nodes are teacher rows:
+they may only be the teacher of a term (an ``External`` row may also feed a ``ProbabilityMixture``).
+
+In the formulas of the terms, t and s are the rows of the teacher and the student, p and q their
+softmax at the temperature T, and C is the number of classes.
 """
 
 from dataclasses import dataclass
@@ -42,6 +45,24 @@ class Mixture(_Derived):
     inputs: tuple[str, ...]
     weights: Weights
     kind: ClassVar[str] = "mixture"
+
+
+@dataclass(frozen=True)
+class Standardized:
+    """``(z - mean(z)) / std(z)`` over the classes of each row z, before any temperature (Sun et
+    al., CVPR 2024). ``input``: logits or a mixture.
+
+    It lowers to a mixture of the one input with the weight 1 / std(z), because no term that takes
+    this node depends on the mean. Classes at -inf do not count.
+    """
+
+    name: str
+    input: str
+    kind: ClassVar[str] = "standardized"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.input,)
 
 
 @dataclass(frozen=True)
@@ -89,7 +110,9 @@ class LowestCrossEntropy(_Derived):
     kind: ClassVar[str] = "selection"
 
 
-Node: TypeAlias = Logits | Mixture | ProbabilityMixture | External | MinLogit | LowestCrossEntropy
+Node: TypeAlias = (
+    Logits | Mixture | Standardized | ProbabilityMixture | External | MinLogit | LowestCrossEntropy
+)
 
 
 @dataclass(frozen=True)
@@ -110,16 +133,47 @@ class CrossEntropy:
         return self.weight
 
 
-@dataclass(frozen=True)
-class KL:
-    """``weight * T^2 * KL(p_T(teacher) || p_T(student))``, multiplied by ``kd_weight`` if
-    ``scheduled``.
+class Distillation:
+    """A term between the rows of a teacher and a student.
 
-    Teacher rows that are probabilities enter unchanged. ``t2_scaling=False`` drops the T^2.
-    ``detach`` stops the gradient into the teacher. ``eps`` is added to the teacher's probabilities
-    without renormalising, inside and outside the logarithm; ``eps_mode="first_order"`` replaces
-    that by its first-order expansion in eps, which needs no logarithm per element.
-    ``direction="student_first"`` computes ``KL(student || teacher)``.
+    ``detach`` stops the gradient into the teacher. The term is multiplied by ``kd_weight`` if
+    ``scheduled``. Where there is a temperature T, ``t2_scaling=False`` drops the factor T^2.
+    """
+
+    teacher: str
+    student: str
+    weight: float
+    detach: bool
+    scheduled: bool
+    temperature: float = 1.0
+    t2_scaling: bool = True
+    word: ClassVar[str]
+    """The first part of the term's name."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.word}/{self.teacher}->{self.student}"
+
+    @property
+    def scale(self) -> float:
+        """T^2, or 1 where that is switched off."""
+        return float(self.temperature) ** 2 if self.t2_scaling else 1.0
+
+    @property
+    def coefficient(self) -> float:
+        """The factor of the divergence: weight times T^2, before ``kd_weight``."""
+        return self.weight * self.scale
+
+
+@dataclass(frozen=True)
+class KL(Distillation):
+    """``weight * T^2 * KL(p || q)``, the Kullback-Leibler divergence (Hinton et al., 2015).
+
+    Teacher rows that are probabilities enter unchanged. ``eps`` is added to the teacher's
+    probabilities without renormalising, inside and outside the logarithm;
+    ``eps_mode="first_order"`` replaces that by its first-order expansion in eps, which needs no
+    logarithm per element. ``direction="student_first"`` computes ``KL(q || p)``, and "symmetric"
+    the mean of both.
     """
 
     teacher: str
@@ -130,17 +184,73 @@ class KL:
     detach: bool = False
     eps: float = 0.0
     eps_mode: Literal["exact", "first_order"] = "exact"
-    direction: Literal["teacher_first", "student_first"] = "teacher_first"
+    direction: Literal["teacher_first", "student_first", "symmetric"] = "teacher_first"
     scheduled: bool = True
-
-    @property
-    def name(self) -> str:
-        return f"kl/{self.teacher}->{self.student}"
-
-    @property
-    def coefficient(self) -> float:
-        """The factor of the KL divergence: weight times T^2, before ``kd_weight``."""
-        return self.weight * (self.temperature**2 if self.t2_scaling else 1.0)
+    word: ClassVar[str] = "kl"
 
 
-Term: TypeAlias = CrossEntropy | KL
+@dataclass(frozen=True)
+class JensenShannon(Distillation):
+    """``weight * T^2 * (beta KL(p || m) + (1 - beta) KL(q || m))``, ``m = beta p + (1 - beta) q``.
+
+    The generalized Jensen-Shannon divergence (Lin, 1991; Agarwal et al., ICLR 2024), with
+    ``0 < beta < 1``. Teacher rows that are probabilities enter unchanged.
+    """
+
+    teacher: str
+    student: str
+    weight: float = 1.0
+    temperature: float = 1.0
+    beta: float = 0.5
+    t2_scaling: bool = True
+    detach: bool = False
+    scheduled: bool = True
+    word: ClassVar[str] = "js"
+
+
+@dataclass(frozen=True)
+class DKD(Distillation):
+    """``weight * T^2 * (alpha TCKD + beta NCKD)``, decoupled distillation (Zhao et al., CVPR 2022).
+
+    TCKD is the KL divergence of the pairs (probability of the label, of all other classes), NCKD
+    that of the softmaxes over the other classes. It needs labels, two classes or more, and rows of
+    logits. ``KL(p || q) = TCKD + (1 - p_label) NCKD``.
+    """
+
+    teacher: str
+    student: str
+    weight: float = 1.0
+    temperature: float = 1.0
+    alpha: float = 1.0
+    beta: float = 8.0
+    t2_scaling: bool = True
+    detach: bool = False
+    scheduled: bool = True
+    word: ClassVar[str] = "dkd"
+
+
+@dataclass(frozen=True)
+class MSE(Distillation):
+    """``weight / C * sum_c (s_c - t_c)^2`` of the logits (Ba and Caruana, 2014)."""
+
+    teacher: str
+    student: str
+    weight: float = 1.0
+    detach: bool = False
+    scheduled: bool = True
+    word: ClassVar[str] = "mse"
+
+
+@dataclass(frozen=True)
+class L1(Distillation):
+    """``weight / C * sum_c |s_c - t_c|`` of the logits. The gradient is 0 where they are equal."""
+
+    teacher: str
+    student: str
+    weight: float = 1.0
+    detach: bool = False
+    scheduled: bool = True
+    word: ClassVar[str] = "l1"
+
+
+Term: TypeAlias = CrossEntropy | KL | JensenShannon | DKD | MSE | L1

@@ -16,6 +16,7 @@ from fastokd.losses.inputs import GraphInputs as GraphInputs
 from fastokd.losses.inputs import LoweredGraph as LoweredGraph
 from fastokd.losses.options import Impl, Reduction
 from fastokd.losses.row_weights import RowWeights, weigh_rows
+from fastokd.losses.standardize import standard_weights
 from fastokd.ops import Inputs, check_impl, evaluate, forward_backward
 from fastokd.ops.inputs import compute_dtype, is_transformed
 from fastokd.ops.reference import node_rows
@@ -366,6 +367,7 @@ class GraphLoss(nn.Module):
         checks.check_kd_weight(kd_weight, first.device)
         checks.check_ignore_index(self.ignore_index, first.shape[1])
         weights = [given.weights[name] for name in lowered.weight_labels]
+        weights += standard_weights(lowered.graph, given.logits, given.weights)
         weights = [each if each.dim() == 2 else each.expand(len(first), -1) for each in weights]
         externals = [given.externals[name] for name in lowered.graph.externals]
         term_weights = self._weights_of_terms(first, kd_weight)
@@ -459,6 +461,7 @@ class GraphLoss(nn.Module):
         rows = [*given.logits, *[given.logits[0]] * (plan.num_logits - len(given.logits))]
         first = checks.check_rows(rows, row_labels)
         weights = checks.check_weights(given.weights, graph.weight_sources, first, labels)
+        weights = [*weights, *standard_weights(graph, rows, given.weights)]
         target = torch.zeros(first.shape[0], dtype=torch.long, device=first.device)
         externals = [first] * plan.num_externals
         rows = node_rows(plan, Inputs(rows, weights, externals, target, first))

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastokd.graph import Graph, Plan, lower
+from fastokd.graph import DKD, Graph, Plan, lower
 from fastokd.losses import checks
 from fastokd.losses.dense import DenseLayout
 from fastokd.ops.inputs import is_transformed
@@ -62,6 +62,12 @@ class LoweredGraph(NamedTuple):
         for name in self.graph.externals:
             checks.check_external(name, given.externals, first)
         checks.check_target(target, first)
+        if self.plan.needs_labels and target.is_floating_point():
+            terms = ", ".join(term.name for term in self.graph.terms if isinstance(term, DKD))
+            raise ValueError(
+                f"target has class probabilities, but the graph's terms {terms} need labels:"
+                " decoupled distillation separates the label's class from the others"
+            )
         if signature is not None and len(self.checked) < MOST_SIGNATURES:
             self.checked.add(signature)
         return first

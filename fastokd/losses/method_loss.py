@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from fastokd.errors import did_you_mean
-from fastokd.graph import KL, Graph
+from fastokd.graph import KL, Graph, with_divergence
 from fastokd.losses import options
 from fastokd.losses.checks import as_rows
 from fastokd.losses.graph_loss import ExtraTerm, GraphInputs, GraphLoss, Rows, overridable
@@ -23,6 +23,7 @@ from fastokd.losses.options import (
 
 Presets = Mapping[str, Mapping[str, Any]]
 """Values of a loss's options by the name of the preset."""
+_NO_PARAMETERS = {"alpha": None, "beta": None}
 
 
 @loss_options
@@ -48,6 +49,14 @@ class MethodLoss(GraphLoss):
     ignore_index: int | None = keyword(default=options.ignore_index(), kw_only=True)
     class_weight: Tensor | None = keyword(default=options.class_weight(), kw_only=True)
     class_dim: int = keyword(default=options.class_dim(), kw_only=True)
+    divergence: str = keyword(default=options.divergence(), kw_only=True)
+    divergence_alpha: float | None = keyword(
+        default=options.divergence_parameter("alpha", '"dkd"'), kw_only=True
+    )
+    divergence_beta: float | None = keyword(
+        default=options.divergence_parameter("beta", '"dkd" or "js"'), kw_only=True
+    )
+    standardize: bool = keyword(default=options.standardize(), kw_only=True)
 
     def __init__(
         self,
@@ -73,11 +82,19 @@ class MethodLoss(GraphLoss):
             option.check(name, getattr(self, name))
         common = {name: getattr(self, name) for name in COMMON}
         names, extra = self.labels(), self.build_extra_terms()
-        MethodLoss.__init__(self, self.build_graph(), **common, labels=names, extra_terms=extra)
+        graph = self.with_divergence(self.build_graph())
+        MethodLoss.__init__(self, graph, **common, labels=names, extra_terms=extra)
 
     def build_graph(self) -> Graph:
         """The graph of these options."""
         raise NotImplementedError(f"{type(self).__name__} does not build a graph")
+
+    def with_divergence(self, graph: Graph) -> Graph:
+        """The graph with the divergence of the options in its KL terms."""
+        parameters = {"alpha": self.divergence_alpha, "beta": self.divergence_beta}
+        if self.divergence == "kl" and not self.standardize and parameters == _NO_PARAMETERS:
+            return graph
+        return with_divergence(graph, self.divergence, **parameters, standardize=self.standardize)
 
     def labels(self) -> Mapping[str, str]:
         """Names of rows and weights in messages that are not ``NAME_logits`` and ``NAME``."""

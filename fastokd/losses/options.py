@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast, dataclass_transform
 
 from fastokd.errors import did_you_mean
+from fastokd.graph import DIVERGENCES
 from fastokd.limits import Limits
 
 Reduction = Literal["mean", "sum", "none"]
 Impl = Literal["auto", "reference", "triton", "cpu"]
 POSITIONAL = ("label_smoothing", "reduction", "impl")
-KEYWORDS = (*POSITIONAL, "ignore_index", "class_weight", "class_dim")
+DIVERGENCE = ("divergence", "divergence_alpha", "divergence_beta", "standardize")
+KEYWORDS = (*POSITIONAL, "ignore_index", "class_weight", "class_dim", *DIVERGENCE)
 """Options of every loss, the last arguments of its constructor; the first of them may be passed by
 position."""
 OptionValue = float | int | bool | str
@@ -144,6 +146,19 @@ def class_weight() -> Any:
 
 def class_dim() -> Any:
     return Option(1, "dimension of the classes in dense logits, with more than two: 1 or -1.")
+
+
+def divergence() -> Any:
+    help = "of every KL term of the method: KL itself, or another one with the same weight and T."
+    return choice("kl", DIVERGENCES, help)
+
+
+def divergence_parameter(name: str, of: str) -> Any:
+    return Option(None, f"{name} of {of}; None for its default.")
+
+
+def standardize() -> Any:
+    return switch(False, "standardize both rows of logits of every KL term (Sun et al., 2024).")
 
 
 def keyword(*, default: Any, kw_only: Literal[True]) -> Any:

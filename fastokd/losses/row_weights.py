@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastokd.graph.plan import CROSS_ENTROPY, MINIMUM, SELECTION, Plan
+from fastokd.graph.plan import MINIMUM, SELECTION, Plan
 from fastokd.ops.inputs import compute_dtype
 
 
@@ -76,13 +76,12 @@ def weigh_rows(
             of_labels = rows
             target = _weighted_target(plan, target, class_weight)
             plan = plan._replace(label_smoothing=0.0)
-    is_label_term = [term.kind == CROSS_ENTROPY for term in plan.terms]
-    factors = torch.stack([of_labels if each else rows for each in is_label_term], 1)
+    factors = torch.stack([of_labels if each else rows for each in plan.label_terms], 1)
     return RowWeights(
         plan,
         target,
         factors,
-        torch.stack([sum_of_labels if each else sums for each in is_label_term]),
+        torch.stack([sum_of_labels if each else sums for each in plan.label_terms]),
     )
 
 
@@ -96,6 +95,11 @@ def _weighted_target(plan: Plan, target: Tensor, class_weight: Tensor) -> Tensor
         raise ValueError(
             "class_weight: this graph compares rows by their cross-entropy, which supports neither"
             " class probabilities nor label smoothing with class weights; omit one of them"
+        )
+    if plan.needs_labels:
+        raise ValueError(
+            "class_weight: decoupled distillation needs labels, and label smoothing with class"
+            " weights makes them probabilities; omit one of them"
         )
     num_classes, smoothing = len(class_weight), plan.label_smoothing
     if not target.is_floating_point():

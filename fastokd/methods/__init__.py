@@ -5,7 +5,10 @@ from fastokd.registry import Registry
 
 _NAMES = "baseline independent kd dml cl_ilr one okddip kdcl ffm tsb ahbf ffsd afid"
 _methods: Registry[Method] = Registry(
-    "method", "METHOD", {name: f"fastokd.methods.{name}" for name in _NAMES.split()}
+    "method",
+    "METHOD",
+    {name: f"fastokd.methods.{name}" for name in _NAMES.split()},
+    has_plugins=True,
 )
 
 

@@ -58,7 +58,8 @@ class AHBFLoss(MethodLoss):
         super().__post_init__()
         labels = {name: f"branch_logits[{m}]" for m, name in enumerate(self.branch_names())}
         labels |= {f"ta{m}": f"ta_logits[{m - 2}]" for m in range(2, self.num_branches + 1)}
-        self.premixed = LoweredGraph.of(self.build_graph(mix=False), labels)
+        graph = self.with_divergence(self.build_graph(mix=False))
+        self.premixed = LoweredGraph.of(graph, labels)
 
     def build_graph(self, mix: bool = True) -> Graph:
         """The graph; its TAs are mixtures with the weights ``scores2`` .. ``scoresM`` (eq. 8), or
@@ -117,7 +118,8 @@ class AHBFLoss(MethodLoss):
 
 def ahbf_graph(*arguments: Any, mix: bool = True, **options: Any) -> Graph:
     """The graph of ``AHBFLoss`` with these constructor arguments."""
-    return AHBFLoss(*arguments, **options).build_graph(mix)
+    loss = AHBFLoss(*arguments, **options)
+    return loss.with_divergence(loss.build_graph(mix))
 
 
 class AHBFGate(nn.Module):

@@ -16,14 +16,13 @@ from fastokd.models import tracing
 from fastokd.models.assembly import assemble, check_layout, check_num_classes
 from fastokd.models.branched import Backbone, Branch, BranchedModel
 from fastokd.models.layers import conv
-from fastokd.models.residual import ResidualBlock
+from fastokd.models.residual import NORMS, ResidualBlock, zeros_for_identity
 from fastokd.models.tracing import Shapes, get, list_split_points, put, target
 
 Init = Literal["auto", "copy", "fresh"]
 NOISE = 0.1
 """Noise on the weights of an equal copy, as a fraction of each tensor's standard deviation."""
 
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 _REPLACE = "replace it yourself, then branch out"
 
 
@@ -42,9 +41,9 @@ def branch_out(
 
     The branch that the method keeps is the module's own: ``student()`` returns a module of the
     original class with the original state dict. The module itself is not changed. For hierarchical
-    methods (AHBF), branch m has ``(m - 1) * deepen`` more blocks: copies of the branch's last block
-    that keeps its input's shape, inserted after it, or residual blocks on the last feature maps if
-    it has no such block (DenseNet, VGG).
+    methods (AHBF), branch m has ``(m - 1) * deepen`` more blocks: copies of the branch's last
+    residual block that keeps its input's shape, inserted after it, or new residual blocks on the
+    last feature maps if it has no such block (DenseNet, VGG, SqueezeNet).
 
     The trunk and the kept branch have the module's weights. The other branches:
 
@@ -226,19 +225,22 @@ class Split:
     def _grown(self, network: nn.Module, shapes: Shapes) -> tuple[str, str | None]:
         """The module after which blocks are added; the block to copy, None for ``AddedBlock``."""
         calls = [node for node in self.body_nodes if node.op == "call_module"]
-        targets = tuple(f"{target(node)}." for node in calls)
+        targets, other = tuple(f"{target(node)}." for node in calls), ""
         # A block finishes after the blocks inside it.
         for call in reversed(shapes.modules.values()):
             keeps_shape = call.shape_in is not None and call.shape_in == call.shape_out
             if call.calls == 1 and keeps_shape and f"{call.name}.".startswith(targets):
+                block = network.get_submodule(call.name)
                 siblings = network.get_submodule(call.name.rpartition(".")[0]).children()
-                if tracing.repeats(network.get_submodule(call.name), siblings):
-                    return call.name, call.name
+                if tracing.repeats(block, siblings):
+                    if _is_residual(block, call.shape_in):
+                        return call.name, call.name
+                    other = other or call.name
         shape = shapes.nodes[self.features]
         ends = [target(node) for node in calls if shapes.nodes.get(node) == shape]
-        if not ends or not isinstance(self.view, nn.Identity):
-            return "", None
-        return ends[-1], None
+        if ends and isinstance(self.view, nn.Identity):
+            return ends[-1], None
+        return other, other or None
 
     def branch(
         self, source: nn.Module, num_blocks: int, new_block: Callable[[nn.Module], nn.Module]
@@ -359,6 +361,16 @@ class AddedBlock(ResidualBlock):
         return self.add(self.residual(x), x)
 
 
+def _is_residual(block: nn.Module, shape: Any) -> bool:
+    """True if a block can start as the identity, or if its forward needs further arguments."""
+    with torch.device("cpu"):
+        try:
+            x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+            return zeros_for_identity(block, x) is not None
+        except Exception:  # a forward without its further arguments raises any exception
+            return True
+
+
 def fresh_block(block: nn.Module) -> nn.Module:
     """A copy of a block with newly drawn weights."""
     return _redraw(copy.deepcopy(block))
@@ -383,7 +395,7 @@ def _copies(module: nn.Module, replaced: str | None, init: Init, equal: bool) ->
 def _redraw(module: nn.Module) -> nn.Module:
     """Draw every parameter again with its mean and deviation; constants stay, norms are reset."""
     for norm in module.modules():
-        if isinstance(norm, _NORMS) and not all(map(_is_constant, norm.parameters())):
+        if isinstance(norm, NORMS) and not all(map(_is_constant, norm.parameters())):
             norm.reset_parameters()
         if isinstance(norm, _NormBase):
             norm.reset_running_stats()
@@ -402,7 +414,7 @@ def _add_noise(module: nn.Module) -> None:
 
 def _is_trained(module: nn.Module) -> bool:
     """True if parameters that are constant at initialization are not; see ``branch_out``."""
-    norms = (norm for norm in module.modules() if isinstance(norm, _NORMS))
+    norms = (norm for norm in module.modules() if isinstance(norm, NORMS))
     parameters = [parameter for norm in norms for parameter in norm.parameters()]
     biases = (p for name, p in module.named_parameters() if name.endswith("bias"))
     return not all(map(_is_constant, parameters or biases))

@@ -9,11 +9,16 @@ FEWEST_CHANNELS = 16
 def to_memory_format(network: nn.Module, memory_format: torch.memory_format) -> nn.Module:
     """Lay the 4-d weights of a network out in a memory format, in place; returns the network.
 
-    ``Module.to`` also converts 5-d weights, which cannot be channels-last.
+    ``Module.to`` also converts 5-d weights, which cannot be channels-last, and does not change the
+    strides of 1 x 1 convolutions' weights, which then differ from those of their gradients:
+    ``DistributedDataParallel`` warns of that.
     """
 
     def convert(tensor: Tensor) -> Tensor:
-        return tensor.contiguous(memory_format=memory_format) if tensor.ndim == 4 else tensor
+        if tensor.ndim != 4:
+            return tensor
+        strides = torch.empty(tensor.shape, device="meta", memory_format=memory_format).stride()
+        return tensor.contiguous(memory_format=memory_format).as_strided(tensor.shape, strides)
 
     return network._apply(convert)
 

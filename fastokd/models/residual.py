@@ -1,10 +1,17 @@
-"""The residual blocks of the ResNets (He et al., CVPR 2016), with torchvision's attribute names."""
+"""The ResNets' blocks (He et al., CVPR 2016) with torchvision's names, and identity blocks."""
 
+import copy
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fastokd.models.layers import conv, conv_norm
 from fastokd.models.staged import Stage, block_stage
+
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 def projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
@@ -117,3 +124,36 @@ def residual_stage(
         return block(in_channels, width, stride if is_first else 1, **options)
 
     return block_stage(name, num_blocks, width * block.expansion, build)
+
+
+@torch.no_grad()
+def zeros_for_identity(
+    block: nn.Module, x: Tensor, *others: Any, **options: Any
+) -> list[str] | None:
+    """The names of parameters whose zeros make a block, which may be on the meta device, the
+    identity of inputs such as ``x``, whatever its other parameters are; None if there are none.
+
+    Tried are the last layer, as in residual blocks of convolutions; the last layer of each part
+    with several layers, as in transformer blocks; and normalization between parts (Swin V2).
+    """
+    trial = copy.deepcopy(block).eval()
+    if any(value.is_meta for value in trial.state_dict().values()):
+        trial.to_empty(device=x.device)
+        for buffer in trial.buffers():
+            buffer.fill_(1)
+    values = {
+        name: torch.linspace(0.01, 0.1, each.numel()).view(each.shape).to(each)
+        for name, each in trial.named_parameters()
+    }
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in values))
+    children = dict(trial.named_children())
+    parts = [[each for each in layers if f"{each}.".startswith(f"{name}.")] for name in children]
+    norms = [name for name, child in children.items() if isinstance(child, NORMS)]
+    for zero in (layers[-1:], [part[-1] for part in parts if len(part) > 1], norms):
+        names = [name for name in values if name.rpartition(".")[0] in zero]
+        for name, parameter in trial.named_parameters():
+            parameter.copy_(values[name] * (name not in names))
+        output = trial(x.clone(), *others, **options)
+        if isinstance(output, Tensor) and torch.equal(output, x):
+            return names
+    return None

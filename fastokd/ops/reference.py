@@ -4,6 +4,7 @@ Everything is computed in log-space from log-softmax, so that both sides of ever
 finite gradients wherever the logits are finite.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -15,10 +16,15 @@ from fastokd.graph.plan import (
     CROSS_ENTROPY,
     EPS_EXACT,
     EPS_FIRST_ORDER,
+    JENSEN_SHANNON,
+    KL_TERM,
     MINIMUM,
     MIXTURE,
+    NON_TARGET,
     PROBABILITY_MIXTURE,
+    SQUARED_ERROR,
     STUDENT_FIRST,
+    TARGET_KL,
     Plan,
     PlanNode,
     PlanTerm,
@@ -85,6 +91,10 @@ def _derived(
         for factor, log_p in zip(factors, logs, strict=True):
             total = total + factor * (log_p - peak).exp()
         return peak + total.clamp_min(PROBABILITY_FLOOR).log()
+    if node.kind == NON_TARGET:
+        (row,) = inputs
+        label = target.clamp(0, row.shape[1] - 1).unsqueeze(1)
+        return row.scatter(1, label, MASKED)
     with torch.no_grad():
         if node.kind == MINIMUM:
             shifted = [row - _label_logit(row, target).unsqueeze(1) for row in inputs]
@@ -117,17 +127,54 @@ def _kl(plan: Plan, term: PlanTerm, rows: list[Tensor]) -> Tensor:
     else:
         log_p = F.log_softmax(teacher / term.temperature, 1)
         p = log_p.exp()
+    # A class that both rows mask: it has no share in the value, and eps is for those that exist.
+    absent = (p <= PROBABILITY_FLOOR) & (log_q < -MASKED_LOSS)
     if term.direction == STUDENT_FIRST:
-        value = (log_q.exp() * (log_q - log_p)).sum(1)
-    elif term.eps_mode == EPS_EXACT:
+        return (log_q.exp() * (log_q - log_p)).sum(1)
+    if term.direction == JENSEN_SHANNON:
+        beta = term.beta
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+        of_teacher = beta * p * (log_p - log_m)
+        return (of_teacher + (1 - beta) * log_q.exp() * (log_q - log_m)).sum(1)
+    if term.eps_mode == EPS_EXACT:
         raised = p + term.eps
-        absent = (p == 0) & (log_q < -MASKED_LOSS)  # eps is for the classes that exist
-        value = (raised * (raised.log() - log_q)).masked_fill(absent, 0.0).sum(1)
-    else:
-        value = (p * (log_p - log_q)).sum(1)
-        if term.eps_mode == EPS_FIRST_ORDER:
-            value = value + term.eps * (1 + log_p - log_q).sum(1)
-    return term.scale * value
+        return (raised * (raised.log() - log_q)).masked_fill(absent, 0.0).sum(1)
+    value = (p * (log_p - log_q)).masked_fill(absent, 0.0).sum(1)
+    if term.eps_mode == EPS_FIRST_ORDER:
+        value = value + term.eps * (1 + log_p - log_q).masked_fill(absent, 0.0).sum(1)
+    return value
+
+
+def _target_kl(plan: Plan, term: PlanTerm, rows: list[Tensor], target: Tensor) -> Tensor:
+    """The KL divergence of the pairs (probability of the label, of all other classes)."""
+
+    def log_odds(non_target: int) -> Tensor:
+        (node,) = plan.nodes[non_target - plan.first_derived].inputs
+        label_logit = _label_logit(rows[node], target) / term.temperature
+        return label_logit - (rows[non_target] / term.temperature).logsumexp(1)
+
+    student, teacher = log_odds(term.student), log_odds(term.teacher)
+    teacher = teacher.detach() if term.detach else teacher
+    pairs = [(F.logsigmoid(sign * teacher), F.logsigmoid(sign * student)) for sign in (1.0, -1.0)]
+    return torch.stack([log_p.exp() * (log_p - log_q) for log_p, log_q in pairs]).sum(0)
+
+
+def _error(term: PlanTerm, rows: list[Tensor]) -> Tensor:
+    """The mean over the classes of the squared or absolute difference of two rows of logits."""
+    teacher = rows[term.teacher].detach() if term.detach else rows[term.teacher]
+    gap = rows[term.student] - teacher
+    return (gap.square() if term.kind == SQUARED_ERROR else gap.abs()).mean(1)
+
+
+def _value(plan: Plan, term: PlanTerm, rows: list[Tensor], target: Tensor) -> Tensor:
+    """The value [B] of a term."""
+    if term.kind == CROSS_ENTROPY:
+        return _cross_entropy(rows[term.student], target, plan.label_smoothing)
+    if term.kind == KL_TERM:
+        return term.scale * _kl(plan, term, rows)
+    if term.kind == TARGET_KL:
+        return term.scale * _target_kl(plan, term, rows, target)
+    return term.scale * _error(term, rows)
 
 
 def term_values(plan: Plan, inputs: Inputs) -> Tensor:
@@ -136,12 +183,13 @@ def term_values(plan: Plan, inputs: Inputs) -> Tensor:
         rows = [row.to(compute_dtype(row)) for row in inputs.logits]
         masked = [row.masked_fill(row == -torch.inf, MASKED) for row in rows]
         rows = node_rows(plan, inputs._replace(logits=masked))
-        values = [
-            _cross_entropy(rows[term.student], inputs.target, plan.label_smoothing)
-            if term.kind == CROSS_ENTROPY
-            else _kl(plan, term, rows)
-            for term in plan.terms
-        ]
+        values: list[Tensor] = []
+        for term in plan.terms:
+            value = _value(plan, term, rows, inputs.target)
+            if term.output < len(values):
+                values[-1] = values[-1] + value
+            else:
+                values.append(value)
         terms = torch.stack(values)
         return terms.masked_fill(terms > MASKED_LOSS, torch.inf)
 

@@ -15,6 +15,8 @@ from fastokd.train.teacher import Teacher
 BatchChoice = int | Literal["data"] | None
 """How a new run chooses its batch size, see ``choose_batch``."""
 
+BATCH_FIELDS = frozenset({"batch_size", "lr", "lr_scaling", "device_batch"})
+"""Fields that turn the defaults of small data off if one of them is given."""
 FEW_STEPS = 20
 """Fewer steps per epoch train slowly: the learning rate decays before the weights have moved."""
 FEW_IMAGES = 16
@@ -57,8 +59,8 @@ def small_data_defaults(config: TrainConfig, num_images: int) -> tuple[TrainConf
     lr = config.lr * size / config.batch_size
     return (
         dataclasses.replace(config, batch_size=size, lr=lr),
-        f"few images: batch size {size} and learning rate {lr:g} instead of {config.batch_size} and"
-        f" {config.lr:g}; set them with --batch-size and --lr",
+        f"few images: the default batch size is {size} and the default learning rate {lr:g} instead"
+        f" of {config.batch_size} and {config.lr:g}",
     )
 
 
@@ -85,9 +87,8 @@ def describe_batches(
         share: of the process in a batch.
     """
     dropped = num_images - steps * config.batch_size
-    images = f"; {dropped} of {num_images} images, others in each epoch, are dropped" * (
-        dropped > 0
-    )
+    images = f"; each epoch drops {dropped} of {num_images} images, drawn at random"
+    images *= dropped > 0
     yield f"{steps} step{'s' * (steps != 1)} per epoch of {config.batch_size} images{images}"
     if steps < FEW_STEPS:
         smaller = _smaller_batch(config.batch_size, num_images, share.processes)
@@ -99,8 +100,9 @@ def describe_batches(
     largest = config.kd_weight_at(config.epochs - 1)
     if config.ramp_length() and largest < LITTLE_TEACHING:
         yield (
-            f"advice: kd_weight only reaches {largest:.2g} in {config.epochs} epochs, so the"
-            " branches hardly teach; train more --epochs, or pass --ramp-epochs 0"
+            f"advice: kd_weight only reaches {largest:.2g} in {config.epochs} epoch"
+            f"{'s' * (config.epochs > 1)}, so the branches hardly teach; train more --epochs, or"
+            " pass --ramp-epochs 0"
         )
     if share.device_batch < FEW_IMAGES and not (config.sync_bn and share.processes > 1):
         whose = "each process normalizes" if share.processes > 1 else "batch norm normalizes"

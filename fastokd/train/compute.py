@@ -7,7 +7,7 @@ they are known before a run and do not depend on the machine.
 """
 
 import functools
-from collections import Counter
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -93,14 +93,16 @@ def training_flops(config: TrainConfig, num_classes: int, image_size: Sequence[i
     Raises:
         ConfigError, CheckpointError, MissingExtra: the teacher cannot be read.
     """
+    return statistics.fmean(flops_by_epoch(config, num_classes, image_size))
+
+
+def flops_by_epoch(config: TrainConfig, num_classes: int, image_size: Sequence[int]) -> list[float]:
+    """``training_flops`` of each epoch."""
     teacher = teacher_network(config, num_classes)
     held_out = reference_loss(config).held_out_fraction
-    kinds = Counter(
-        (config.size_at(epoch), epoch >= config.teach_epoch(), frozen_parts(config, epoch))
-        for epoch in range(config.epochs)
-    )
-    total = 0.0
-    for (side, is_taught, frozen_now), epochs in kinds.items():
+
+    @functools.cache
+    def flops(side: int | None, is_taught: bool, frozen_now: frozenset[str]) -> float:
         size = (side, side) if side else tuple(image_size)
         trained_config = config if is_taught else before_teaching(config)
         costs = network_costs(trained_config, num_classes, size)
@@ -108,8 +110,23 @@ def training_flops(config: TrainConfig, num_classes: int, image_size: Sequence[i
         frozen = forward_flops(teacher, (3, *size)) if teacher and is_taught else 0
         share = 1 - held_out * 2 / 3 if is_taught else 1 - held_out
         trained = share * costs.training.flops - without_backward * 2 / 3
-        total += epochs * (trained + frozen / 3)
-    return total / config.epochs
+        return trained + frozen / 3
+
+    return [flops(*_kind_of_epoch(config, epoch)) for epoch in range(config.epochs)]
+
+
+def _kind_of_epoch(config: TrainConfig, epoch: int) -> tuple[int | None, bool, frozenset[str]]:
+    """The size of the images, True from ``teach_from`` on, and the frozen parts."""
+    return config.size_at(epoch), epoch >= config.teach_epoch(), frozen_parts(config, epoch)
+
+
+def epoch_costs(config: TrainConfig, num_classes: int, image_size: Sequence[int]) -> list[float]:
+    """``flops_by_epoch`` to compare epochs with each other; empty if all epochs are alike, which
+    needs no networks.
+    """
+    if len({_kind_of_epoch(config, epoch) for epoch in range(config.epochs)}) == 1:
+        return []
+    return flops_by_epoch(config, num_classes, image_size)
 
 
 def total_training_flops(config: TrainConfig, flops: float, num_images: int) -> float:

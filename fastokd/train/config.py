@@ -48,19 +48,19 @@ class TrainConfig:
     model: str = MODEL(
         "resnet32",
         "Network, e.g. resnet20, torchvision:NAME, timm:NAME, or MODULE:NAME for a custom network;"
-        " peers may differ: resnet20,resnet8",
+        " the last three are split at --at; peers may differ: resnet20,resnet8",
         role=TRAINED,
     )
     at: str | None = MODEL(
         None,
-        "First module that is separate for each branch (torchvision, timm and own networks), e.g."
-        " layer3",
+        "First module that is separate for each branch (torchvision, timm and custom networks);"
+        " all before it is the trunk. E.g. layer3",
         unset="recommended; see 'fastokd models NAME'",
         role=TRAINED,
     )
     plugin: tuple[str, ...] = MODEL(
         (),
-        "Python code that registers own methods, networks or datasets: FILE.py or MODULE",
+        "Python code that registers custom methods, networks or datasets: FILE.py or MODULE",
         role=EXECUTION,
     )
     method: str = METHOD("ahbf", "Distillation method", role=TRAINED)
@@ -265,7 +265,8 @@ class TrainConfig:
     )
     auto_augment: str = DATA(
         "none",
-        "Augmentation policy, applied to each image after crop and flip",
+        "Augmentation policy, applied to each image after crop and flip: randaugment,"
+        " trivialaugment, autoaugment or augmix",
         choices=_list_policies,
         role=SPEED,
     )
@@ -511,6 +512,16 @@ def method_of(config: TrainConfig) -> "Method":
     return get_method(config.method)
 
 
+def one_teacher(config: TrainConfig) -> TrainConfig:
+    """The configuration with the teacher of a method that needs one in the field ``teacher``, if it
+    is given as the method's option, which means the same.
+    """
+    options = dict(config.method_options)
+    if not method_of(config).needs_teacher or not (spec := options.pop("teacher", "")):
+        return config
+    return dataclasses.replace(config, teacher=config.teacher or str(spec), method_options=options)
+
+
 def fields_with_role(role: Role) -> tuple[str, ...]:
     """The names of the fields that have a role, in the order of the fields."""
     return tuple(name for name, info in infos(TrainConfig).items() if info.role & role)
@@ -524,6 +535,8 @@ def fields_with_role(role: Role) -> tuple[str, ...]:
 
 def override(base: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
     """The configuration with changes. Options are added; another method has its own defaults."""
+    if "teacher" in changes:
+        base = one_teacher(base)
     if changes.get("method", base.method) != base.method:
         defaults: dict[str, Any] = vars(TrainConfig())
         changed = {name: defaults[name] for name in fields_with_role(Role.OF_METHOD)}

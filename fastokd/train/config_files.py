@@ -1,5 +1,6 @@
 """Configurations from YAML files and other plain values."""
 
+import contextlib
 import dataclasses
 import inspect
 import re
@@ -127,6 +128,9 @@ def completed(config: TrainConfig) -> TrainConfig:
 
     if config.at is None:
         at = split_point(config.model, config.method, config.num_branches(), config.topology)
+        if at is None and (config.freeze_epochs or config.trunk_lr != 1):
+            with contextlib.suppress(ConfigError):  # networks that cannot be split have no trunk
+                at = split_point(config.model, "ahbf", 2)  # the same trunk as with branches
         config = dataclasses.replace(config, at=at)
     names = (*config.model_names(), config.method, config.data.partition(":")[0], config.loader)
     found = plugins.origins((*names, config.impl))

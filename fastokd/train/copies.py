@@ -1,6 +1,7 @@
 """Branches that start as copies of the student's part after the split."""
 
 import copy
+import functools
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -10,72 +11,66 @@ from torch import Tensor, nn
 from fastokd.models import BranchedModel
 from fastokd.models.branch_out import NOISE, AddedBlock, Blocks
 from fastokd.models.branched import Peer
+from fastokd.models.residual import zeros_for_identity
 
 
 @torch.no_grad()
 def copy_to_branches(
-    model: BranchedModel,
-    image_size: tuple[int, int],
-    seed: int,
-    fresh: Collection[Tensor] = (),
-    own_views: bool = False,
+    model: BranchedModel, image_size: tuple[int, int], fresh: Collection[Tensor] = ()
 ) -> int:
     """Copy the kept branch's values into all other branches of a model with a trunk.
 
     A tensor with more input channels (after additional dense layers) gets the values in its first
-    channels and zeros in the rest. Additional blocks become the identity if zeros in their last
-    layer are enough, as for residual blocks, and otherwise stay as initialized. Equal branches get
-    noise, see ``separate``.
+    channels and zeros in the rest. Additional blocks become the identity if zeros in some of their
+    parameters are enough, as for residual blocks, and otherwise stay as initialized. Branches of
+    equal depth need ``separate`` or different images.
 
     Args:
         image_size: height and width of the images on which blocks are compared with the identity.
-        seed: of the noise.
         fresh: tensors of the kept branch whose counterparts stay as initialized, e.g. a new last
             layer.
-        own_views: every branch is trained on its own views of the images, which differ; then equal
-            branches get no noise.
 
     Returns:
-        The number of additional blocks that are not the identity.
+        The number of branches with other features, since some of their blocks are not the identity.
     """
     kept = model.branches[model.kept]
-    remaining = 0
+    different = 0
     for branch in model.branches:
         if branch is kept:
             continue
         _copy_tensors(branch, kept, fresh)
-        blocks = list(_new_blocks(branch, kept))
-        remaining += len(blocks) - len(_make_identities(model, branch, blocks, image_size))
-    if not own_views:
-        separate(model, seed)
-    return remaining
+        blocks = _new_blocks(branch, kept)
+        others = len(blocks) - len(_make_identities(model, branch, blocks, image_size))
+        different += others > 0 and not _has_same_features(model, branch, image_size)
+    return different
 
 
 @torch.no_grad()
-def separate(model: BranchedModel, seed: int) -> None:
+def separate(model: BranchedModel, seed: int) -> int:
     """Add noise to the heads of branches or peers whose parameters equal the kept one's: of a tenth
     of each weight's standard deviation. Equal branches would get equal gradients and stay equal.
+
+    Returns:
+        The number of these branches or peers.
     """
+    count = 0
     generator = torch.Generator().manual_seed(seed)
     kept = list(model.branches[model.kept].parameters())
     for index, branch in enumerate(model.branches):
         own = list(branch.parameters())
         if index != model.kept and len(own) == len(kept) and all(map(torch.equal, own, kept)):
             _add_noise(branch, generator)
+            count += 1
+    return count
 
 
 def _copy_tensors(branch: nn.Module, kept: nn.Module, fresh: Collection[Tensor]) -> None:
     """Copy the kept branch's parameters and buffers to the same layers of another branch."""
     values = kept.state_dict(keep_vars=True)
     values = {name: each for name, each in values.items() if not any(each is one for one in fresh)}
-    containers = [f"{path}." for path in _containers(branch)]
+    containers = list(_containers(branch))
     for name, target in branch.state_dict().items():
-        for container in containers:
-            # The first child is the layer after which blocks were added.
-            if name.startswith(f"{container}0."):
-                name = container + name.removeprefix(f"{container}0.")
-                break
-        value = values.get(name)
+        value = values.get(_plain_name(name, containers))
         if value is None or value.dim() != target.dim():
             continue
         common = tuple(map(slice, map(min, value.shape, target.shape)))
@@ -93,63 +88,85 @@ def _containers(branch: nn.Module) -> Iterator[str]:
             yield path
 
 
-def _new_blocks(branch: nn.Module, kept: nn.Module) -> Iterator[str]:
+def _plain_name(name: str, containers: Collection[str]) -> str:
+    """The name of a module or tensor in the branch before ``branch_out`` added blocks."""
+    for path in containers:
+        # The first child is the layer after which blocks were added.
+        if name.startswith(f"{path}.0."):
+            return f"{path}.{name.removeprefix(f'{path}.0.')}"
+    return name
+
+
+def _new_blocks(branch: nn.Module, kept: nn.Module) -> list[str]:
     """The paths of the outermost modules of a branch that the kept branch does not have."""
-    containers = list(_containers(branch))
+    containers = set(_containers(branch))
     known = {path for path, _ in kept.named_modules()}
+    added: list[str] = []
     for path, _ in branch.named_modules():
         parent, _, child = path.rpartition(".")
         if parent in containers:
-            if child != "0":
-                yield path
-        elif path not in known and parent in known:
-            yield path
+            is_new = child != "0"
+        else:
+            is_new = _plain_name(path, containers) not in known
+        if is_new and not any(path.startswith(f"{other}.") for other in added):
+            added.append(path)
+    return added
 
 
 def _make_identities(
     model: BranchedModel, branch: nn.Module, paths: list[str], image_size: tuple[int, int]
 ) -> set[str]:
-    """Set the last layer of blocks to zero, where this makes them the identity; returns which."""
-    before: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for path in paths:
-        layers = [list(each.parameters(False)) for each in branch.get_submodule(path).modules()]
-        last = next(filter(None, reversed(layers)), [])
-        before[path] = [(parameter, parameter.clone()) for parameter in last]
-        for parameter in last:
-            parameter.zero_()
-    identities = _identities(model.trunk, branch, paths, image_size) if paths else set()
-    for path in paths:
-        if path not in identities:
-            for weight, value in before[path]:
-                weight.copy_(value)
-    return identities
-
-
-def _identities(
-    trunk: nn.Module | None, branch: nn.Module, paths: list[str], image_size: tuple[int, int]
-) -> set[str]:
-    """The modules of a branch that return their input unchanged in evaluation mode."""
-    assert trunk is not None
-    trunk, branch = copy.deepcopy(trunk).eval(), copy.deepcopy(branch).eval()
-    blocks = {branch.get_submodule(path): path for path in paths}
-    inputs: dict[nn.Module, Tensor] = {}
+    """Set parameters of blocks to zero, where this makes them the identity; returns which."""
     identities = set()
-
-    def keep_input(block: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if isinstance(arguments[0], Tensor):
-            inputs[block] = arguments[0].clone()
-
-    def compare(block: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        given = inputs.get(block)
-        if given is not None and isinstance(output, Tensor) and torch.equal(output, given):
-            identities.add(blocks[block])
-
-    for block in blocks:
-        block.register_forward_pre_hook(keep_input)
-        block.register_forward_hook(compare)
-    images = torch.randn(2, 3, *image_size, generator=torch.Generator().manual_seed(0))
-    branch(trunk(images.to(next(branch.parameters()).device)))
+    for path, (inputs, options) in _inputs(model.trunk, branch, paths, image_size).items():
+        block = branch.get_submodule(path)
+        if (names := zeros_for_identity(block, *inputs, **options)) is not None:
+            identities.add(path)
+            for name in names:
+                block.get_parameter(name).zero_()
     return identities
+
+
+def _inputs(
+    trunk: nn.Module | None, branch: nn.Module, paths: list[str], image_size: tuple[int, int]
+) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The arguments that blocks of a branch get for random images in evaluation mode, if the first
+    one is a tensor.
+    """
+    branch = copy.deepcopy(branch).eval()
+    arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def keep(path: str, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if given and isinstance(given[0], Tensor):
+            arguments[path] = (given[0].clone(), *given[1:]), options
+
+    for path in paths:
+        hook = functools.partial(lambda path, _, *given: keep(path, *given), path)
+        branch.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+    branch(_trunk_maps(trunk, image_size))
+    return arguments
+
+
+def _has_same_features(
+    model: BranchedModel, branch: nn.Module, image_size: tuple[int, int]
+) -> bool:
+    """True if a branch has the kept branch's features, in evaluation mode, and perhaps more."""
+    maps = _trunk_maps(model.trunk, image_size)
+    ours, kept = (
+        copy.deepcopy(each.get_submodule("body")).eval()(maps.clone())
+        for each in (branch, model.branches[model.kept])
+    )
+    common = ours[tuple(map(slice, kept.shape))]
+    return common.shape == kept.shape and torch.allclose(common, kept, rtol=1e-4, atol=1e-6)
+
+
+def _trunk_maps(trunk: nn.Module | None, image_size: tuple[int, int]) -> Tensor:
+    """The trunk's output for two random images, in evaluation mode."""
+    assert trunk is not None
+    trunk = copy.deepcopy(trunk).eval()
+    images = torch.randn(2, 3, *image_size, generator=torch.Generator().manual_seed(0))
+    maps: Tensor = trunk(images.to(next(trunk.parameters()).device))
+    return maps
 
 
 def _add_noise(branch: nn.Module, generator: torch.Generator) -> None:

@@ -7,17 +7,16 @@ from collections.abc import Sequence
 from fastokd.data.augment import Augment
 from fastokd.errors import summarize
 from fastokd.losses.method_loss import MethodLoss
-from fastokd.train.config import TrainConfig
+from fastokd.train.config import TrainConfig, method_of
 from fastokd.train.data import AnyDataset
 
 
 def describe_run(config: TrainConfig) -> str:
-    """Network, method and number of branches."""
+    """Network, method, number of branches and split point."""
     count = config.num_branches()
-    return (
-        f"{config.model}, method {config.method} ({config.preset}), {count}"
-        f" branch{'es' * (count > 1)}"
-    )
+    preset = f" ({config.preset})" * (len(method_of(config).loss_class.presets) > 1)
+    line = f"{config.model}, method {config.method}{preset}, {count} branch{'es' * (count > 1)}"
+    return f"{line} from {config.at} on" if config.at and count > 1 else line
 
 
 def describe_data(data: AnyDataset) -> str:
@@ -76,7 +75,16 @@ def describe_fine_tuning(config: TrainConfig) -> list[str]:
     names = ("trunk_lr", "head_lr", "layer_decay", "freeze_epochs", "head_epochs", "decay")
     values, defaults = vars(config), vars(TrainConfig())
     changed = [f"{name}={values[name]}" for name in names if values[name] != defaults[name]]
-    return [f"fine-tuning: {', '.join(changed)}"] if changed else []
+    if not changed:
+        return []
+    trunk = f"; the trunk is all before {config.at}" if config.at else ""
+    return [f"fine-tuning: {', '.join(changed)}{trunk}"]
+
+
+def describe_stochastic_depth(config: TrainConfig) -> list[str]:
+    """A line about ``drop_path``, if it is set."""
+    rate = config.drop_path
+    return [f"stochastic depth: {rate:g} in the last residual block"] if rate else []
 
 
 def describe_loss(criterion: MethodLoss, config: TrainConfig) -> str:
@@ -87,6 +95,8 @@ def describe_loss(criterion: MethodLoss, config: TrainConfig) -> str:
         f"{coefficient:g}{'*kd_weight' if scheduled else ''} {name}"
         for name, coefficient, scheduled in terms
     )
+    if smoothing := criterion.graph.label_smoothing:
+        line += f"; label smoothing {smoothing:g}"
     if length := config.ramp_length():
         first, last = config.teach_epoch(), config.teach_epoch() + length - 1
         line += f"; kd_weight is {config.kd_weight_at(first):.3g} in epoch {first + 1}"
@@ -94,6 +104,8 @@ def describe_loss(criterion: MethodLoss, config: TrainConfig) -> str:
             line += f", {config.kd_weight_at(last):.3g} in epoch {last + 1}"
         if last + 1 < config.epochs:
             line += " and 1 afterwards"
+    elif any(scheduled for _, _, scheduled in terms):
+        line += "; kd_weight is 1 (no ramp-up)"
     return line
 
 

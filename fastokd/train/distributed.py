@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 MEET_MINUTES = 10
 """Time that processes wait for the others to start."""
+REPORT_SECONDS = 2.0
+"""Time that rank 0 waits for the errors of the others before it ends."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ def process_group(device_name: str) -> Iterator[Ranks]:
     except BaseException as error:
         if isinstance(error, FastOKDError | KeyboardInterrupt):
             vars(error)["repeated"] = not _reports_first(store, error)
+            if ranks.rank == 0:
+                _wait_for_reports(store, ranks)
         raise
     finally:
         if dist.is_initialized():
@@ -172,6 +176,8 @@ def _store_of_this_start(store: dist.Store, ranks: Ranks) -> dist.Store:
         store.set("start", token)
         for rank in range(1, ranks.size):
             store.set(f"{token}/{rank}/answer", store.get(f"{token}/{rank}").decode())
+        for rank in range(1, ranks.size):  # if rank 0 ended before, so would their store
+            store.get(f"{token}/{rank}/done")
         return dist.PrefixStore(token, store)
     deadline = time.monotonic() + 60 * MEET_MINUTES
     while time.monotonic() < deadline:
@@ -179,6 +185,7 @@ def _store_of_this_start(store: dist.Store, ranks: Ranks) -> dist.Store:
         store.set(f"{name}/{ranks.rank}", token)
         answer = f"{name}/{ranks.rank}/answer"
         if store.check([answer]) and store.get(answer).decode() == token:
+            store.set(f"{name}/{ranks.rank}/done", "")
             return dist.PrefixStore(name, store)
         time.sleep(0.05)
     raise RuntimeError("rank 0 does not answer")
@@ -214,6 +221,16 @@ def _reports_first(store: dist.Store, error: BaseException) -> bool:
     except RuntimeError:
         return False  # the process that served the store has exited, with a report
     return first and not (others and is_lost)
+
+
+def _wait_for_reports(store: dist.Store, ranks: Ranks) -> None:
+    """Keep the store, which rank 0 may serve, until the other processes have raised errors too, or
+    for ``REPORT_SECONDS``. Without it, each would print PyTorch's stack trace.
+    """
+    deadline = time.monotonic() + REPORT_SECONDS
+    with contextlib.suppress(RuntimeError):
+        while store.add("said", 0) < ranks.size and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,9 @@ def export_run(
         epoch=run.state["epoch"],
         layout=layout,
         provenance={
-            **provenance(config, folder, run.state["data"].get("fingerprint")),
+            **provenance(
+                config, folder, run.state["data"].get("fingerprint"), run.state.get("teacher")
+            ),
             "checkpoint": which,
             "branch": (model.kept if index is None else index) + 1,
         },

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastokd.errors import CheckpointError, ConfigError, summarize
 from fastokd.export import find_export
 from fastokd.export.state_dict import TWINS
-from fastokd.models import BranchedModel
+from fastokd.models import BranchedModel, model_name
 from fastokd.models.libraries import without_auxiliary
 from fastokd.train.config import TrainConfig
 from fastokd.train.copies import copy_to_branches, separate
@@ -130,6 +130,7 @@ def published_weights(name: str) -> PretrainedWeights:
     Raises:
         ConfigError, MissingExtra: as ``pretrained_weights``.
     """
+    name = name if ":" in name else model_name(name)
     if ":" not in name and name not in TWINS["torchvision"]:
         known = ", ".join(TWINS["torchvision"])
         raise ConfigError(
@@ -149,7 +150,7 @@ def pretrained(name: str) -> InitialWeights:
         ConfigError, MissingExtra: as ``published_weights``.
     """
     weights = published_weights(name)
-    tensors = without_auxiliary(weights.name, weights.read())
+    tensors = without_auxiliary(weights.name, weights.read("pass it with --weights FILE"))
     normalization = (weights.mean, weights.std)
     return InitialWeights(f"trained weights of {weights.name}", tensors, None, normalization)
 
@@ -183,30 +184,37 @@ def start_from(
         image_size: height and width of the images on which new blocks are compared with the
             identity.
         seed: of the noise.
-        own_views: see ``copy_to_branches``.
+        own_views: every branch is trained on its own views of the images, which differ; then equal
+            branches get no noise.
 
     Returns:
         Lines about what was loaded, skipped and is new.
 
     Raises:
-        CheckpointError: the weights are of another architecture.
+        CheckpointError: the weights are of another architecture: a tensor of another shape, less
+            than half of the tensors, or another number of blocks.
     """
     if not initial:
         return []
     if model.trunk is None:
         lines = _start_peers(model, initial, classes, branch_init)
-        if not own_views:
-            separate(model, seed)
+        noisy = 0 if own_views else separate(model, seed)
+        if noisy:
+            lines.append(f"{noisy} peers equal the student's: noise is added to their last layers")
         return lines
     fresh, line = _load_into(model.live_student(model.kept), initial[0], classes)
     if model.num_branches == 1 or branch_init == "fresh":
         return [line]
-    others = copy_to_branches(model, image_size, seed, fresh, own_views)
+    different = copy_to_branches(model, image_size, fresh)
+    noisy = 0 if own_views else separate(model, seed)
     copies = "the other branches start as copies of the student's"
     if own_views:
         copies += ", without noise because their views of the images differ"
-    if others:
-        copies += f"; {others} of their additional blocks cannot be the identity and start fresh"
+    if noisy:
+        copies += f", with noise on the last layers of {noisy} of equal depth"
+    if different:
+        copies += f"; {different} of them have additional blocks that start fresh, since they"
+        copies += " cannot be the identity"
     return [line, copies]
 
 
@@ -247,6 +255,8 @@ def _load_into(
             f"{initial.source} is of another architecture: {name} is {list(given[name].shape)},"
             f" the model's is {list(own[name].shape)}"
         )
+    if difference := _other_depth(own, given):
+        raise CheckpointError(f"{initial.source} is of another architecture: {difference}")
     for name in matched:
         own[name].copy_(given[name])
     new = [name for name in needed if name not in matched]
@@ -260,12 +270,41 @@ def _load_into(
     return [own[name] for name in new], line
 
 
+def _other_depth(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """A sequence of blocks whose length differs, in words; "" if all are equal. The last layer's
+    sequence is not compared, since classifiers are replaced.
+    """
+    lengths, expected = _lengths(given), _lengths(own)
+    last = _last_layer(own)
+    for path, count in expected.items():
+        there = lengths.get(path, count)
+        if there != count and not last.startswith(f"{path}." if path else ""):
+            place = f"{path} has" if path else "it has"
+            return f"{place} {there} modules, the model's has {count}"
+    return ""
+
+
+def _lengths(names: Iterable[str]) -> dict[str, int]:
+    """The number of different indices after each path, as in the names of a sequence of modules."""
+    indices: dict[str, set[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        for at, part in enumerate(parts):
+            if part.isdecimal():
+                indices.setdefault(".".join(parts[:at]), set()).add(part)
+    return {path: len(found) for path, found in indices.items()}
+
+
+def _last_layer(own: Mapping[str, Tensor]) -> str:
+    """The name of the weights of a network's last layer."""
+    return next(name for name in reversed(list(own)) if own[name].dim() > 1)
+
+
 def _new_head(
     own: Mapping[str, Tensor], initial: InitialWeights, classes: Sequence[str] | None
 ) -> set[str]:
     """The tensors of the last layers, if they are for other classes than the weights'."""
-    last = next(name for name in reversed(list(own)) if own[name].dim() > 1)
-    tensors = initial.tensors
+    last, tensors = _last_layer(own), initial.tensors
     if last not in tensors:
         return set()
     here, there = own[last].shape, tensors[last].shape

@@ -11,6 +11,7 @@ from fastokd.train.describe import (
     describe_late_teaching,
     describe_loss,
     describe_normalization,
+    describe_stochastic_depth,
 )
 from fastokd.train.memory import describe_memory
 from fastokd.train.step import TrainStep
@@ -40,6 +41,7 @@ def introduction(
     yield describe_data(dataset)
     yield describe_normalization(dataset)
     yield describe_augmentation(config, dataset.augment)
+    yield from describe_stochastic_depth(config)
     yield explain_loader(config, dataset, step.device, seen)
     yield f"step: {step.options.describe()}; {step.share.describe()}"
     yield from batches

@@ -16,11 +16,11 @@ from fastokd.models import BranchedModel, find_backbone
 from fastokd.models.summary import check_images
 from fastokd.train.build import before_teaching, build_model, is_before_teaching, meta_model
 from fastokd.train.config import TrainConfig
-from fastokd.train.copies import copy_to_branches
+from fastokd.train.copies import copy_to_branches, separate
 from fastokd.train.data import AnyDataset
 from fastokd.train.describe import describe_fine_tuning
 from fastokd.train.distributed import Ranks
-from fastokd.train.initial import InitialWeights, start_from
+from fastokd.train.initial import InitialWeights, normalization_of, start_from
 from fastokd.train.loss import build_loss
 from fastokd.train.optimizers import with_index
 from fastokd.train.step import TrainStep
@@ -120,6 +120,11 @@ def build_step(
         own_views=own_views,
     )
     step = TrainStep(config, model, device, rows, criterion)
+    if initial and config.normalization == "auto" and normalization_of(config, initial) is None:
+        notes.append(
+            "the weights do not state their normalization, so the data's is used; for weights"
+            " trained on ImageNet pass --normalization imagenet"
+        )
     step.notes = [*notes, *describe_fine_tuning(config)]
     if student is not None:
         carry_over(step, student)
@@ -142,12 +147,15 @@ def copy_student(
         student: the state dict of the model of ``before_teaching``.
         image_size: height and width of the images.
         seed: of the noise.
-        own_views: see ``copy_to_branches``.
+        own_views: every branch is trained on its own views of the images, which differ; then equal
+            branches get no noise.
     """
     own = model.state_dict()
     for name, value in student.items():
         own[kept_name(name, model.kept)].copy_(value)
-    copy_to_branches(model, image_size, seed, own_views=own_views)
+    copy_to_branches(model, image_size)
+    if not own_views:
+        separate(model, seed)
 
 
 def carry_over(step: TrainStep, student: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from fastokd.errors import EXIT_PEER, EXIT_PREEMPTED, ConfigError
+from fastokd.storage import usable_cores
 
 LEAVE_SECONDS = 30.0
 """Time for the other processes to exit after one has."""
@@ -43,7 +44,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     with socket.socket() as reserved:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         reserved.bind(("127.0.0.1", 0))
-        threads = str(max(1, (os.cpu_count() or 1) // processes))
+        threads = str(max(1, usable_cores() // processes))
         environment = {
             "OMP_NUM_THREADS": threads,
             **os.environ,

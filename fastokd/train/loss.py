@@ -21,7 +21,13 @@ def check_method(config: TrainConfig) -> None:
     for name in config.model_names():
         split = topology == "branches" and config.num_branches() > 1
         find_backbone(name, config.at, split=split, drop_path=config.drop_path)
-    reference_loss(config)
+    loss = reference_loss(config)
+    for field in ("mixup", "cutmix"):
+        if getattr(config, field) and loss.plan.needs_labels:
+            raise ConfigError(
+                f"{field} makes class probabilities, but divergence 'dkd' needs labels; set"
+                f" {field}=0 or choose another divergence"
+            )
     companion_builder(method, config.model_options())
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from fastokd.errors import ConfigError
 from fastokd.models import BranchedModel
 from fastokd.models.branched import Peer
 from fastokd.train.config import TrainConfig
@@ -48,7 +49,12 @@ def parts(model: BranchedModel) -> Iterator[tuple[str, nn.Module]]:
 def parameter_settings(
     config: TrainConfig, model: BranchedModel
 ) -> Mapping[nn.Parameter, Settings]:
-    """The settings of a model's parameters."""
+    """The settings of a model's parameters.
+
+    Raises:
+        ConfigError: a part that is trained differently has no parameters.
+    """
+    _check_parts(config, model)
     factors = {"trunk": config.trunk_lr, "head": config.head_lr}
     depths = _depths(model) if config.layer_decay < 1 else {}
     freezes = config.freeze_epochs or config.head_epochs
@@ -62,6 +68,23 @@ def parameter_settings(
             config.decay == "all" or _is_weight(parameter),
         )
     return settings
+
+
+def _check_parts(config: TrainConfig, model: BranchedModel) -> None:
+    """Refuse options for parts of a network that cannot be divided into them."""
+    present = {part for part, module in parts(model) if any(True for _ in module.parameters())}
+    for name, needed in (
+        ("freeze_epochs", {"trunk"}),
+        ("trunk_lr", {"trunk"}),
+        ("head_epochs", {"trunk", "body"}),
+        ("head_lr", {"trunk", "body"}),
+    ):
+        value = getattr(config, name)
+        if value != getattr(TrainConfig, name) and not needed & present:
+            raise ConfigError(
+                f"{name}={value}: {model.name} cannot be divided into trunk and heads, since"
+                " torch.fx cannot follow its forward; omit it"
+            )
 
 
 def _is_weight(parameter: nn.Parameter) -> bool:

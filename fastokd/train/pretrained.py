@@ -1,6 +1,7 @@
 """The weights that torchvision and timm publish for their networks."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,12 @@ from torch import Tensor
 
 from fastokd.errors import CheckpointError, ConfigError, first_line
 from fastokd.models.libraries import library_network
+from fastokd.train.weight_files import current_names
+
+_TRANSFORM_INPUT = ("googlenet", "inception_v3")
+"""torchvision's networks that, with published weights, convert images from the normalization of
+ImageNet to a mean and standard deviation of 0.5. They are built here without that conversion.
+"""
 
 
 class PretrainedWeights(NamedTuple):
@@ -20,19 +27,30 @@ class PretrainedWeights(NamedTuple):
     """Of the normalization of images, 3 values."""
     std: Sequence[float]
     source: str
-    """The URL of the file, or of the repository on the Hugging Face Hub."""
+    """The URL of the file."""
+    cache: str
+    """The path at which the library looks for the file; empty if its cache has no simple paths."""
     load: Callable[[], Mapping[str, Tensor]]
     """Read the state dict from the library's cache, or download it first."""
 
-    def read(self) -> Mapping[str, Tensor]:
-        """The state dict; a ``CheckpointError`` names the source if it cannot be downloaded."""
+    def read(self, fix: str) -> Mapping[str, Tensor]:
+        """The state dict.
+
+        Args:
+            fix: how to use a copy of the file instead, for the error message.
+
+        Raises:
+            CheckpointError: the file is not in the cache and cannot be downloaded.
+        """
         try:
-            return self.load()
+            return current_names(self.load())
         except Exception as error:  # the libraries' downloads raise any exception
+            cached = (
+                f"copy that file to {self.cache}, or" if self.cache else "copy that file here and"
+            )
             raise CheckpointError(
                 f"the weights of {self.name} cannot be downloaded from {self.source}"
-                f" ({first_line(error)}); without network access, copy the file here and pass its"
-                " path"
+                f" ({first_line(error)}); without network access, {cached} {fix}"
             ) from error
 
 
@@ -59,6 +77,10 @@ def _torchvision(name: str, network: str) -> PretrainedWeights | None:
     if weights is None:
         return None
     images, count = weights.transforms(), len(weights.meta["categories"])
+    mean, std = images.mean, images.std
+    if network in _TRANSFORM_INPUT:
+        mean = std = [0.5, 0.5, 0.5]
+    cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
 
     def load() -> Mapping[str, Tensor]:
         # Without weights_only, torch.hub would unpickle the file.
@@ -67,7 +89,7 @@ def _torchvision(name: str, network: str) -> PretrainedWeights | None:
         )
         return state
 
-    return PretrainedWeights(name, count, images.mean, images.std, weights.url, load)
+    return PretrainedWeights(name, count, mean, std, weights.url, str(cache), load)
 
 
 def _timm(name: str, network: str) -> PretrainedWeights | None:
@@ -78,11 +100,12 @@ def _timm(name: str, network: str) -> PretrainedWeights | None:
         return None
     source = settings.url
     if settings.hf_hub_id:
-        source = f"https://huggingface.co/{settings.hf_hub_id}"
+        file = settings.hf_hub_filename or "model.safetensors"
+        source = f"https://huggingface.co/{settings.hf_hub_id}/resolve/main/{file}"
 
     def load() -> Mapping[str, Tensor]:
         with torch.random.fork_rng(devices=[]):
             return timm.create_model(network, pretrained=True).state_dict()
 
     normalization = settings.mean, settings.std
-    return PretrainedWeights(name, settings.num_classes, *normalization, source, load)
+    return PretrainedWeights(name, settings.num_classes, *normalization, source, "", load)

@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -117,12 +117,19 @@ class EpochProgress:
 class Throughput:
     """Images per second, the time spent waiting for data, and the time left, by the host's clock,
     in a run of ``epochs`` epochs with ``batch_size`` images per step of all processes.
+
+    ``costs`` are the costs of a step in each epoch relative to each other, for the time left: those
+    of epochs before ``teach_from`` are lower. By default they are equal.
     """
 
     def __init__(
-        self, epochs: int, batch_size: int, clock: Callable[[], float] = time.monotonic
+        self,
+        epochs: int,
+        batch_size: int,
+        clock: Callable[[], float] = time.monotonic,
+        costs: Sequence[float] = (),
     ) -> None:
-        self._epochs, self._batch_size, self._clock = epochs, batch_size, clock
+        self._costs, self._batch_size, self._clock = costs or [1.0] * epochs, batch_size, clock
         self._after = 0.0  # seconds between the last step of an epoch and the first of the next
 
     def start_epoch(self, epoch: int, steps: int, done: int = 0) -> None:
@@ -157,13 +164,13 @@ class Throughput:
         seconds = max(now - then, 1e-9)
         per_step = seconds / max(done - before, 1)
         left = per_step * (self._steps - done)
-        later = self._epochs - self._epoch - 1
+        later = len(self._costs) - self._epoch - 1
         return EpochProgress(
             means=means,
             images_per_second=(done - before) * self._batch_size / seconds,
             waiting_share=(self._waited - waited) / seconds,
             seconds_left_epoch=left,
-            seconds_left_run=left + later * per_step * self._steps + (later + 1) * self._after,
+            seconds_left_run=left + self._later(per_step) + (later + 1) * self._after,
             lr=lr,
             kd_weight=kd_weight,
             memory=memory,
@@ -180,8 +187,13 @@ class Throughput:
     def end_epoch(self) -> float:
         """The seconds left in the run, when the epoch is evaluated and saved."""
         self._after = self._clock() - self._finished
-        steps = (self._finished - self._started) * self._steps / max(self._steps - self._first, 1)
-        return (self._epochs - self._epoch - 1) * (steps + self._after)
+        per_step = (self._finished - self._started) / max(self._steps - self._first, 1)
+        return self._later(per_step) + (len(self._costs) - self._epoch - 1) * self._after
+
+    def _later(self, per_step: float) -> float:
+        """The seconds of the steps of later epochs, from the seconds of a step in this one."""
+        costs = sum(self._costs[self._epoch + 1 :]) / self._costs[self._epoch]
+        return per_step * self._steps * costs
 
 
 class Reporter:

@@ -99,7 +99,9 @@ def _teacher_rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
         " torchvision:resnet50, timm:NAME:WEIGHTS.safetensors, or ROWS.npy",
     )
     yield (
-        method.needs_teacher and config.teacher and config.model_options()["teacher"],
+        method.needs_teacher
+        and config.teacher
+        and config.model_options()["teacher"] not in ("", config.teacher),
         f"teacher={config.teacher}: --method-options names another teacher; pass one of them",
     )
     for field in TEACHER[1:]:

@@ -34,7 +34,7 @@ from fastokd.storage import (
     write_text,
 )
 from fastokd.train.checkpoint import checkpoint_files
-from fastokd.train.config import TrainConfig
+from fastokd.train.config import TrainConfig, one_teacher
 from fastokd.train.config_files import load_run_plugins, read_config
 from fastokd.train.logs import csv_text
 from fastokd.version import __version__
@@ -165,16 +165,21 @@ class RunFolder:
 
     def load_config(self) -> TrainConfig:
         """The run's configuration; its plug-ins are imported."""
-        return load_run_plugins(read_config(self.config_path), self.path)
+        return one_teacher(load_run_plugins(read_config(self.config_path), self.path))
 
     def save_config(self, config: TrainConfig) -> None:
         """Write the run's configuration."""
         write_text(self.config_path, config.to_yaml())
 
-    def save_environment(self, device: torch.device, precision: str, data: dict[str, Any]) -> None:
-        """Write the environment of a new run, with the precision that "auto" has chosen."""
+    def save_environment(
+        self, device: torch.device, precision: str, data: dict[str, Any], teacher: str | None = None
+    ) -> None:
+        """Write the environment of a new run, with the precision that "auto" has chosen, the
+        description of its data and the fingerprint of its frozen teacher.
+        """
         now = {**environment(device), "precision": precision}
-        write_json(self.environment_path, {**now, "data": data, "sessions": [_session(now)]})
+        inputs = {"data": data, **({"teacher": teacher} if teacher else {})}
+        write_json(self.environment_path, {**now, **inputs, "sessions": [_session(now)]})
 
     def read_environment(self) -> dict[str, Any]:
         """The content of ``environment.json``, see ``read_json_object``."""

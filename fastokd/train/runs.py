@@ -10,12 +10,17 @@ from typing import Any
 
 from fastokd.data import FileSplit, Loader, Split, absolute_spec, list_evaluation
 from fastokd.data.images import Progress
-from fastokd.errors import CheckpointError, ConfigError
+from fastokd.errors import CheckpointError, ConfigError, class_differences, summarize
 from fastokd.export import load_weights
-from fastokd.export.record import class_difference
 from fastokd.train.build import before_teaching, build_model, is_before_teaching
 from fastokd.train.checkpoint import checkpoint_files, load_checkpoint, load_newest
-from fastokd.train.config import TrainConfig, differences, fields_with_role, identity_fields
+from fastokd.train.config import (
+    TrainConfig,
+    differences,
+    fields_with_role,
+    identity_fields,
+    one_teacher,
+)
 from fastokd.train.config_files import load_config
 from fastokd.train.data import AnyDataset, loader_for, open_data, prepared
 from fastokd.train.distributed import Ranks, choose_device, from_main
@@ -34,17 +39,24 @@ _RECORDED = ("aux_blocks", "compression", "seed", "epochs")
 """Further fields in the record of a student."""
 
 
-def run_identity(config: TrainConfig, fingerprint: str | None) -> str:
-    """A hash of the fields outside ``MAY_CHANGE`` and the data's fingerprint."""
+def run_identity(config: TrainConfig, fingerprint: str | None, teacher: str | None = None) -> str:
+    """A hash of the fields outside ``MAY_CHANGE`` and the data's fingerprint.
+
+    ``teacher`` is the fingerprint of the frozen teacher: the path of its file does not matter.
+    """
+    config = dataclasses.replace(one_teacher(config), teacher=teacher) if teacher else config
     return hashlib.sha256(repr((identity_fields(config), fingerprint)).encode()).hexdigest()
 
 
-def provenance(config: TrainConfig, run: RunFolder, fingerprint: str | None) -> dict[str, Any]:
+def provenance(
+    config: TrainConfig, run: RunFolder, fingerprint: str | None, teacher: str | None = None
+) -> dict[str, Any]:
     """The origin of a student, for its record: method settings and the versions that started the
     run. Its entry ``run`` is the same for all exports of a run, however often it was resumed.
+    Arguments as for ``run_identity``.
     """
     return {
-        "run": run_identity(config, fingerprint)[:12],
+        "run": run_identity(config, fingerprint, teacher)[:12],
         "method": config.method,
         "preset": config.preset,
         "branches": config.num_branches(),
@@ -56,8 +68,12 @@ def provenance(config: TrainConfig, run: RunFolder, fingerprint: str | None) -> 
 
 def check_classes(where: str, state: Mapping[str, Any], dataset: AnyDataset) -> None:
     """Raise a CheckpointError if a dataset has other classes than a checkpoint."""
-    if difference := class_difference(state["classes"], dataset.classes):
-        raise CheckpointError(f"{where} was trained on {difference}")
+    if list(state["classes"]) != list(dataset.classes):
+        theirs, ours = summarize(state["classes"], 4), summarize(dataset.classes, 4)
+        which = class_differences(state["classes"], dataset.classes)
+        raise CheckpointError(
+            f"{where} was trained on the classes {theirs}, the data has {ours}{which}"
+        )
 
 
 def check_same_run(
@@ -89,6 +105,8 @@ def check_same_run(
             f" {before.normalization}, which cannot change; start a new run"
         )
     adjusted = {name: getattr(config, name) for name in MAY_CHANGE}
+    if teacher and state.get("teacher") == teacher.fingerprint:
+        adjusted["teacher"] = config.teacher  # another path of the same file is no change
     changed = differences(dataclasses.replace(before, **adjusted), config)
     if changed and not allow_config_change:
         raise ConfigError(

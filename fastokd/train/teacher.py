@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fastokd.data.files import IMAGENET_MEAN, IMAGENET_STD
-from fastokd.errors import CheckpointError, ConfigError, first_line, summarize
+from fastokd.errors import CheckpointError, ConfigError, class_differences, first_line, summarize
 from fastokd.export import find_export, load_student, load_weights
 from fastokd.methods import get_method
 from fastokd.models.libraries import LIBRARIES, library_network, without_auxiliary
 from fastokd.train.build import before_teaching, build_model, is_before_teaching
 from fastokd.train.checkpoint import load_checkpoint
-from fastokd.train.config import TrainConfig
+from fastokd.train.config import TrainConfig, one_teacher
 from fastokd.train.config_files import load_config, load_run_plugins
 from fastokd.train.data import AnyDataset
 from fastokd.train.pretrained import pretrained_weights
@@ -76,15 +76,15 @@ class Renormalized(nn.Module):
 
 
 def with_absolute_teacher(config: TrainConfig) -> TrainConfig:
-    """The configuration with an absolute path of the teacher, to resume the run from any folder."""
+    """The configuration with an absolute path of the teacher, to resume the run from any folder, in
+    the field ``teacher``.
+    """
+    config = one_teacher(config)
     library, name, path = _parse(config.teacher_spec())
     if path is None:
         return config
     absolute = f"{library}:{name}:{path.absolute()}" if library else str(path.absolute())
-    if config.teacher:
-        return dataclasses.replace(config, teacher=absolute)
-    options = {**config.method_options, "teacher": absolute}
-    return dataclasses.replace(config, method_options=options)
+    return dataclasses.replace(config, teacher=absolute)
 
 
 def check_teacher(config: TrainConfig) -> None:
@@ -299,7 +299,8 @@ def _own_network(path: Path, dataset: AnyDataset) -> tuple[nn.Module, tuple[Any,
     if list(classes) != list(dataset.classes):
         raise CheckpointError(
             f"the teacher {path} has the classes {summarize(classes, 4)}, the data has"
-            f" {summarize(dataset.classes, 4)}; use a teacher with the same classes and order"
+            f" {summarize(dataset.classes, 4)}{class_differences(classes, dataset.classes)}; use a"
+            " teacher with the same classes and order"
         )
     if list(size := data["image_size"]) != list(dataset.image_size):
         own, (height, width) = dataset.image_size, size
@@ -322,7 +323,8 @@ def _pretrained_network(
             f" has {count} ({summarize(dataset.classes, 4)}); use a teacher with the same classes"
             f" and order, or {weights.name}:FILE"
         )
-    network = _with_weights(library, name, weights.read(), count, weights.source)
+    state = weights.read(f"pass it as {weights.name}:FILE")
+    network = _with_weights(library, name, state, count, weights.source)
     return network, (weights.mean, weights.std)
 
 

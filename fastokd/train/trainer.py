@@ -27,7 +27,8 @@ from fastokd.train.checkpoint import (
     snapshot,
     state_bytes,
 )
-from fastokd.train.config import TrainConfig
+from fastokd.train.compute import epoch_costs
+from fastokd.train.config import TrainConfig, one_teacher
 from fastokd.train.config_files import load_config
 from fastokd.train.data import AnyDataset, data_record, loader_for, loader_name, open_data, prepared
 from fastokd.train.describe import describe_extension, describe_loss, describe_run
@@ -131,7 +132,8 @@ class Trainer:
             self.store = CheckpointStore(run.checkpoints, config.keep_checkpoints)
         self.signals = signals or StopSignals()
         self.cadence = Cadence(config.save_minutes, self.signals)
-        self.throughput = Throughput(config.epochs, config.batch_size)
+        costs = epoch_costs(config, len(self.dataset.classes), self.dataset.image_size)
+        self.throughput = Throughput(config.epochs, config.batch_size, costs=costs)
         self.sinks: list[MetricSink] = []
         self.student_name = self.step.reported
         self.epoch = self.done = 0
@@ -177,9 +179,8 @@ class Trainer:
         """Write the files that identify a new run."""
         if self.ranks.is_main:
             self.run_folder.save_config(self.config)
-            self.run_folder.save_environment(
-                self.device, self.step.precision, self.dataset.describe()
-            )
+            data, (_, teacher) = self.dataset.describe(), self._fingerprints()
+            self.run_folder.save_environment(self.device, self.step.precision, data, teacher)
 
     def resume(self, state: dict[str, Any], allow_config_change: bool = False) -> None:
         """Continue from a checkpoint of this run.
@@ -190,7 +191,7 @@ class Trainer:
             ConfigError: the configuration changed and ``allow_config_change`` is False.
         """
         path = str(self.run_folder.last)
-        before = load_config(state["config"], f"the configuration in {path}")
+        before = one_teacher(load_config(state["config"], f"the configuration in {path}"))
         changed = check_same_run(
             path, state, before, self.config, self.dataset, self.teacher, allow_config_change
         )
@@ -518,11 +519,15 @@ class Trainer:
             "classes": list(self.dataset.classes),
             "data": data_record(self.dataset, loader),
             "config": self.config.to_yaml(),
-            "config_hash": run_identity(self.config, self.dataset.fingerprint),
+            "config_hash": run_identity(self.config, *self._fingerprints()),
         }
         if self.teacher:
             state["teacher"] = self.teacher.fingerprint
         return state
+
+    def _fingerprints(self) -> tuple[str, str | None]:
+        """The fingerprints of the data and of the teacher, if there is one."""
+        return self.dataset.fingerprint, self.teacher.fingerprint if self.teacher else None
 
     def _write_records(self, record: dict[str, Any]) -> None:
         """Write the student and the record of the epoch."""
@@ -531,7 +536,7 @@ class Trainer:
             self.dataset,
             accuracy=self.last[self.student_name],
             epoch=self.epoch,
-            provenance=provenance(self.config, self.run_folder, self.dataset.fingerprint),
+            provenance=provenance(self.config, self.run_folder, *self._fingerprints()),
         )
         write_student(self.run_folder.student, self.step.student().cpu(), description)
         self.run_folder.append_metrics(record)

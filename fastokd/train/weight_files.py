@@ -36,7 +36,7 @@ def read_file(path: Path) -> tuple[Mapping[str, Any], bool]:
     """The content of a file on the CPU, and True for a student or checkpoint of fastokd.
 
     Raises:
-        CheckpointError: unreadable, or with pickled objects other than tensors.
+        CheckpointError: unreadable, damaged, or with pickled objects other than tensors.
     """
     from safetensors import safe_open
     from safetensors.torch import load_file
@@ -51,10 +51,13 @@ def read_file(path: Path) -> tuple[Mapping[str, Any], bool]:
             is_own = "fastokd" in (file.metadata() or {})
         return load_file(path), is_own
     except Exception as error:  # damaged bytes raise many kinds
+        if isinstance(error, OSError) and error.strerror:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
         reason = first_line(error)
-        if reason.isdigit():  # a KeyError of pickle for text
+        # torch's errors for bytes that are no pickle, such as text
+        if reason.isdigit() or "Unsupported operand" in str(error):
             reason = "it was not written by torch.save or safetensors"
-        if "weights_only" in str(error) or "Weights only" in reason:
+        elif "weights_only" in str(error) or "Weights only" in reason:
             named = re.search(r"(?:GLOBAL|global|class) '?([\w.]+\.\w+)", str(error))
             raise CheckpointError(
                 f"{path} has pickled objects other than tensors"
@@ -83,7 +86,15 @@ def unwrapped(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor]
     if not tensors:
         names = summarize([str(name) for name in content])
         raise CheckpointError(f"{path} has no weights: no dictionary of tensors ({names})")
-    return strip_wrappers(tensors), ".".join(entries)
+    return current_names(strip_wrappers(tensors)), ".".join(entries)
+
+
+def current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names of today's torchvision, whose published DenseNet files have older
+    names: "denselayer1.norm.1.weight" is now "denselayer1.norm1.weight".
+    """
+    older = re.compile(r"(\bdenselayer\d+\.(?:norm|conv))\.([12]\.)")
+    return {older.sub(r"\1\2", name): value for name, value in tensors.items()}
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

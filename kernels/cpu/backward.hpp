@@ -95,7 +95,7 @@ struct Backward : Rows<Real> {
       const Node& node = program.nodes[n];
       NodeState& state = nodes[n];
       if (node.kind == kLogits) state.learns = call.grads[n] != nullptr;
-      if (node.kind == kMixture || node.kind == kProbabilityMixture) {
+      if (node.kind == kMixture || node.kind == kProbabilityMixture || node.kind == kNonTarget) {
         state.learns = wants_weights(node);
         for (int k = 0; k < node.num_inputs; ++k) state.learns |= nodes[node.inputs[k]].learns;
       }
@@ -106,7 +106,7 @@ struct Backward : Rows<Real> {
     for (int i = 0; i < program.num_terms; ++i) {
       const Term& term = program.terms[i];
       const bool student = nodes[term.student].learns;
-      const bool teacher = term.kind == kKL && !term.detach && nodes[term.teacher].learns;
+      const bool teacher = term.kind != kCrossEntropy && !term.detach && nodes[term.teacher].learns;
       const bool swapped = term.direction == kStudentFirst;
       terms[i] = {swapped ? student : teacher, swapped ? teacher : student, -1, -1, 0};
     }
@@ -148,7 +148,10 @@ struct Backward : Rows<Real> {
           use(term.second_softmax);
           terms[i].incoming = num_incoming;
           add_incoming(num_incoming++, softmaxes[term.first_softmax].e, -1, nullptr);
-        } else if (term.kind == kKL && !term.moment) {
+        } else if (term.kind == kTargetKL) {
+          if (term.second == n && terms[i].second) use(term.second_softmax);
+          if (term.first == n && terms[i].first) use(term.first_softmax);
+        } else if (term.kind != kCrossEntropy && !term.moment) {
           if (term.student == n && node.learns) node.pushed = true;
           if (term.teacher == n && node.learns && !term.detach) node.pushed = true;
         }
@@ -158,7 +161,7 @@ struct Backward : Rows<Real> {
         for (int k = 0; k < user.num_inputs; ++k) {
           if (user.inputs[k] != n || !nodes[u].learns) continue;
           if (user.kind == kProbabilityMixture && node.learns) node.pushed = true;
-          if (user.kind == kMixture && node.visited)
+          if ((user.kind == kMixture || user.kind == kNonTarget) && node.visited)
             add_incoming(num_incoming++, nodes[u].g, user.first_weight + k,
                          wants_weights(user) ? weight_products + user.first_weight + k : nullptr);
         }
@@ -187,10 +190,12 @@ struct Backward : Rows<Real> {
       }
       push_normalized();
       for (int n = program.num_nodes - 1; n >= 0; --n)
-        if (nodes[n].visited && program.nodes[n].kind <= kMixture && program.nodes[n].kind != kExternal) gradient(n);
+        if (nodes[n].visited && has_gradient(program.nodes[n].kind)) gradient(n);
     }
     write_weights();
   }
+
+  static bool has_gradient(int kind) { return kind == kLogits || kind == kMixture || kind == kNonTarget; }
 
   Real get(int stat) const { return static_cast<const Real*>(call.stats)[stat * call.batch + row]; }
 
@@ -219,7 +224,7 @@ struct Backward : Rows<Real> {
     for (int i = 0; i < program.num_terms; ++i) {
       const Term& term = program.terms[i];
       TermState& state = terms[i];
-      const Real weight = upstream * this->term_weight(i);
+      const Real weight = upstream * this->term_weight(term.output);
       if (term.kind == kCrossEntropy) {
         const int softmax = program.softmax_at_one[term.student];
         softmaxes[softmax].coef += weight * ((1 - smoothing) * mass + smoothing) / sums[softmax];
@@ -230,6 +235,15 @@ struct Backward : Rows<Real> {
       }
       const Real inverse = 1 / real(term.temperature);
       state.coef = weight * real(term.scale) * inverse;
+      if (term.kind == kTargetKL) {
+        if (state.second) target_slope(term.second, term.second_softmax, state.coef * get(term.inner_stat));
+        if (state.first) target_slope(term.first, term.first_softmax, state.coef * get(term.teacher_stat));
+        continue;
+      }
+      if (term.kind >= kSquaredError) {
+        state.coef /= classes;
+        continue;
+      }
       if (!term.moment) {
         mixture_grads(term, weight * real(term.scale));
         continue;
@@ -252,6 +266,12 @@ struct Backward : Rows<Real> {
     for (int n = 0; n < program.num_nodes; ++n)
       for (int j = nodes[n].first_incoming; j < nodes[n].first_incoming + nodes[n].num_incoming; ++j)
         if (weight_of[j] >= 0) incoming[j].coef = weights[weight_of[j]];
+  }
+
+  // The gradient of a target edge for the logit of the label's probability, times 1 / T.
+  void target_slope(int non_target, int softmax, Real slope) {
+    nodes[program.nodes[non_target].inputs[0]].at_label += slope;
+    softmaxes[softmax].coef -= slope / sums[softmax];
   }
 
   // Gradients for a probability mixture's weights; the gradients of its inputs need the same sums.
@@ -281,16 +301,34 @@ struct Backward : Rows<Real> {
       if (program.nodes[n].kind == kProbabilityMixture && nodes[n].learns) clear(slopes + n * chunk);
     }
     for (int i = 0; i < program.num_terms; ++i) {
-      const bool normalized = program.terms[i].kind == kKL && !program.terms[i].moment;
-      if (normalized && (terms[i].first || terms[i].second)) normalized_edge(i);
+      const Term& term = program.terms[i];
+      if (!(terms[i].first || terms[i].second)) continue;
+      if (term.kind == kKL && !term.moment) normalized_edge(i);
+      if (term.kind >= kSquaredError) error(i);
     }
     for (int n = 0; n < program.num_nodes; ++n)
       if (program.nodes[n].kind == kProbabilityMixture && nodes[n].learns) probability_mixture(n);
   }
 
+  void error(int index) {
+    const Term& term = program.terms[index];
+    const Real *student = value(term.student), *teacher = value(term.teacher);
+    const Real coef = term.kind == kSquaredError ? 2 * terms[index].coef : terms[index].coef;
+    Real *g_student = nodes[term.student].g, *g_teacher = nodes[term.teacher].g;
+    for (int64_t i = 0; i < padded; i += width) {
+      const Vec gap = load(student + i) - load(teacher + i), one = Vec{} + 1;
+      const Vec sign = gap > Vec{} ? one : (gap < Vec{} ? -one : Vec{});
+      const Vec g = coef * (term.kind == kSquaredError ? gap : sign);
+      if (terms[index].second) store(g_student + i, load(g_student + i) + g);
+      if (terms[index].first) store(g_teacher + i, load(g_teacher + i) - g);
+    }
+  }
+
   void normalized_edge(int index) {
     const Term& term = program.terms[index];
     const NormalizedEdge<Real> edge(*this, term);
+    const bool js = term.direction == kJensenShannon;
+    const Real of_teacher = js ? get(term.teacher_stat) : 0;
     const bool swapped = term.direction == kStudentFirst;
     const bool student = swapped ? terms[index].first : terms[index].second;
     const bool teacher = swapped ? terms[index].second : terms[index].first;
@@ -303,11 +341,14 @@ struct Backward : Rows<Real> {
     for (int64_t i = 0; i < padded; i += width) {
       const auto at = edge.at(i);
       if (student) {
-        const Vec g = swapped ? at.q * ((at.log_q - at.log_p) - inner) : at.q * whole - (at.p + edge.eps);
+        const Vec of_kl = swapped ? at.q * ((at.log_q - at.log_p) - inner) : at.q * whole - at.with_eps;
+        const Vec g = js ? at.of_student - at.q * inner : of_kl;
         store(g_student + i, load(g_student + i) + coef * g);
       }
       if (!teacher) continue;
-      if (edge.teacher_softmax >= 0)
+      if (edge.teacher_softmax >= 0 && js)
+        store(g_teacher + i, load(g_teacher + i) + coef * (at.of_teacher - at.p * of_teacher));
+      else if (edge.teacher_softmax >= 0)
         store(g_teacher + i, load(g_teacher + i) + coef * at.p * ((at.log_with_eps - at.log_q) - inner));
       else
         store(slope + i, load(slope + i) + slope_coef * edge.teacher_slope(at));
@@ -334,13 +375,15 @@ struct Backward : Rows<Real> {
     const NodeState& node = nodes[n];
     const Incoming* in = incoming + node.first_incoming;
     const Real* v = value(n);
+    const Real masked = static_cast<Real>(kMaskedLoss);
     Real* to = node.g;
     for_vectors<Real>(padded, [&](auto k, int64_t i) __attribute__((always_inline)) {
       constexpr int unroll = decltype(k)::value;
       Vec g[unroll], x[unroll];
       for (int u = 0; u < unroll; ++u) {
         x[u] = load(v + i + u * width);
-        g[u] = node.pushed ? load(to + i + u * width) + node.constant : Vec{} + node.constant;
+        g[u] = node.pushed ? load(to + i + u * width) : Vec{};
+        if (node.constant != 0) g[u] += x[u] > Vec{} - masked ? Vec{} + node.constant : Vec{};
       }
       if (node.learns) {
         for (int s = program.node_softmaxes[n]; s < program.node_softmaxes[n + 1]; ++s) {

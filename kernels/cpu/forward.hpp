@@ -32,12 +32,14 @@ struct Forward : Rows<Real> {
   Vec* product_lanes;  // per node: sum of target times (value - maximum)
   Vec mass_lanes;
   Real* shifted_sums;  // per node: the sum of its values minus its maximum
+  Real* summed;        // per node: the number of columns in that sum
   Real* products;      // per node
   Real* losses;        // per node: the cross-entropy
   Real* deltas;        // per node: increase of the maximum
   Real* rescales;      // per softmax
   Real* values_of_terms;
   Real* inner;         // per term
+  Real* of_teacher;    // per term: the teacher's counterpart of `inner`
   Edge* edges;
   Real* exponentials = nullptr;  // [S, chunk], of the current chunk, where the backward pass uses them; or null
 
@@ -48,12 +50,14 @@ struct Forward : Rows<Real> {
     mixture_lanes = arena.take<Vec>(program.num_mixture_sums);
     product_lanes = arena.take<Vec>(program.num_nodes);
     shifted_sums = arena.take<Real>(program.num_nodes);
+    summed = arena.take<Real>(program.num_nodes);
     products = arena.take<Real>(program.num_nodes);
     losses = arena.take<Real>(program.num_nodes);
     deltas = arena.take<Real>(program.num_nodes);
     rescales = arena.take<Real>(Base::round_up(program.num_softmaxes));
     values_of_terms = arena.take<Real>(program.num_terms);
     inner = arena.take<Real>(program.num_terms);
+    of_teacher = arena.take<Real>(program.num_terms);
     edges = arena.take<Edge>(program.num_terms);
   }
 
@@ -77,6 +81,7 @@ struct Forward : Rows<Real> {
         for (int i = 0; i < program.num_terms; ++i) {
           const Term& term = program.terms[i];
           if (term.kind == kKL && !term.moment && term.pass == pass) normalized_edge(i);
+          if (term.kind >= kSquaredError && pass == 0) error(i);
         }
       }
       finish(pass);
@@ -92,7 +97,7 @@ struct Forward : Rows<Real> {
     for (int i = 0; i < program.num_mixture_sums; ++i) mixture_lanes[i] = Vec{};
     for (int n = 0; n < program.num_nodes; ++n) {
       product_lanes[n] = Vec{};
-      shifted_sums[n] = 0;
+      shifted_sums[n] = summed[n] = 0;
     }
     mass_lanes = Vec{};
   }
@@ -114,7 +119,9 @@ struct Forward : Rows<Real> {
       const Node& node = program.nodes[n];
       deltas[n] = 0;
       if (node.max_stat < 0 || node.sum_pass != pass) continue;
-      const Real here = row_maximum(value(n));
+      // Above masked classes, so that a chunk of these alone has sums of 0.
+      const Real lowest = -static_cast<Real>(kMaskedLoss), largest = row_maximum(value(n));
+      const Real here = largest < lowest && node.kind != kNonTarget ? lowest : largest;
       if (first_chunk) {
         maxima[n] = here;
       } else if (here > maxima[n]) {
@@ -123,8 +130,8 @@ struct Forward : Rows<Real> {
         raised = true;
       }
       if (node.wants_sum) {
-        shifted_sums[n] -= deltas[n] * real(static_cast<double>(start));
-        shifted_sums[n] += shifted_sum(value(n), maxima[n]);
+        shifted_sums[n] -= deltas[n] * summed[n];
+        add_shifted(n);
       }
     }
     if (!raised) return;
@@ -142,10 +149,19 @@ struct Forward : Rows<Real> {
       for (int n = 0; n < program.num_nodes; ++n) product_lanes[n] -= mass_lanes * deltas[n];
   }
 
-  Real shifted_sum(const Real* v, Real maximum) const {
-    Vec total{};
-    for (int64_t i = 0; i < padded; i += width) total += Base::only_used(load(v + i) - maximum, i);
-    return sum(total);
+  // Without label smoothing, these sums serve the first-order eps, which is for the classes that exist.
+  void add_shifted(int n) {
+    const Vec least = Vec{} - (program.label_smoothing != 0 ? Lane::max : static_cast<Real>(kMaskedLoss));
+    const Real maximum = maxima[n];
+    Vec total{}, number{};
+    for (int64_t i = 0; i < padded; i += width) {
+      const Vec v = load(value(n) + i);
+      const auto exists = v > least;
+      total += Base::only_used(exists ? v - maximum : Vec{}, i);
+      number += Base::only_used(exists ? Vec{} + 1 : Vec{}, i);
+    }
+    shifted_sums[n] += sum(total);
+    summed[n] += sum(number);
   }
 
   void multiply_target() {
@@ -212,15 +228,14 @@ struct Forward : Rows<Real> {
     Vec total{}, inner_total{};
     for (int64_t i = 0; i < padded; i += width) {
       const auto at = edge.at(i);
-      if (term.direction == kStudentFirst) {
+      if (term.direction == kJensenShannon) {
+        total += Base::only_used(at.of_teacher, i);
+        inner_total += Base::only_used(at.of_student, i);
+      } else if (term.direction == kStudentFirst) {
         total += Base::only_used(at.q * (at.log_q - at.log_p), i);
       } else {
-        const Vec with_eps = at.p + edge.eps;
-        const Vec part = with_eps * (at.log_with_eps - at.log_q);
-        // A class that both rows mask; eps is for the classes that exist.
-        const auto absent = (at.log_q < Vec{} - static_cast<Real>(kMaskedLoss)) & (at.p == Vec{});
-        total += Base::only_used(absent ? Vec{} : part, i);
-        const Vec more = edge.teacher_softmax >= 0 ? at.p * (at.log_with_eps - at.log_q) : with_eps;
+        total += Base::only_used(at.with_eps * (at.log_with_eps - at.log_q), i);
+        const Vec more = edge.teacher_softmax >= 0 ? at.p * (at.log_with_eps - at.log_q) : at.with_eps;
         inner_total += Base::only_used(more, i);
       }
       if (term.mixture_stat >= 0) {
@@ -235,6 +250,51 @@ struct Forward : Rows<Real> {
     inner_lanes[index] += inner_total;
   }
 
+  // A squared or absolute error between two rows of logits.
+  void error(int index) {
+    const Term& term = program.terms[index];
+    const Real *student = value(term.student), *teacher = value(term.teacher);
+    Vec total{};
+    for (int64_t i = 0; i < padded; i += width) {
+      const Vec gap = load(student + i) - load(teacher + i);
+      const Vec part = term.kind == kSquaredError ? gap * gap : (gap < Vec{} ? -gap : gap);
+      total += Base::only_used(part, i);
+    }
+    moment_lanes[index] += total;
+  }
+
+  // The logit of the label's probability: the label's logit minus the logarithm of the other classes' sum.
+  double log_odds(const Term& term, int non_target, int softmax) const {
+    const double gap = label_logit[program.nodes[non_target].inputs[0]] - maxima[non_target];
+    return gap / term.temperature - logs[softmax];
+  }
+
+  static double softplus(double x) { return (x > 0 ? x : 0) + log_one_plus_exp(x > 0 ? -x : x); }
+
+  // log(1 + exp(x)) for x <= 0; the vectors' functions, because the library's may need another instruction set.
+  static double log_one_plus_exp(double x) {
+    using Wide = typename Lanes<double>::Vec;
+    const Wide e = vexp(Wide{} + x), sum = e + 1;
+    // The first term of its series replaces what 1 + e rounds away.
+    return (vlog(sum) + (e - (sum - 1)) / sum)[0];
+  }
+
+  void target_edge(int index) {
+    const Term& term = program.terms[index];
+    const double teacher = log_odds(term, term.teacher, term.first_softmax);
+    const double student = log_odds(term, term.student, term.second_softmax);
+    const double p = exp_of(teacher - softplus(teacher)), q = exp_of(student - softplus(student));
+    const double rest = exp_of(-softplus(teacher)), gap = teacher - student;
+    // Of two equal forms, the one whose terms are small where the probabilities are near 0 or 1.
+    const double kl = teacher > 0 ? -rest * gap + softplus(-student) - softplus(-teacher)
+                                  : p * gap - softplus(teacher) + softplus(student);
+    values_of_terms[index] = real(kl * term.scale);
+    inner[index] = real(q - p);
+    of_teacher[index] = real(p * rest * gap);
+  }
+
+  static double exp_of(double x) { return vexp(typename Lanes<double>::Vec{} + x)[0]; }
+
   void finish(int pass) {
     for (int s = 0; s < program.num_softmaxes; ++s) {
       const Softmax& softmax = program.softmaxes[s];
@@ -245,7 +305,21 @@ struct Forward : Rows<Real> {
     if (pass == 0) finish_targets();
     for (int i = 0; i < program.num_terms; ++i) {
       const Term& term = program.terms[i];
-      if (term.kind != kKL || term.pass != pass) continue;
+      if (term.kind == kCrossEntropy || term.pass != pass) continue;
+      if (term.kind == kTargetKL) {
+        target_edge(i);
+        continue;
+      }
+      if (term.kind >= kSquaredError) {
+        values_of_terms[i] = sum(moment_lanes[i]) * real(term.scale / static_cast<double>(call.classes));
+        continue;
+      }
+      if (term.direction == kJensenShannon) {
+        of_teacher[i] = sum(moment_lanes[i]);
+        inner[i] = sum(inner_lanes[i]);
+        values_of_terms[i] = (of_teacher[i] + inner[i]) * real(term.scale);
+        continue;
+      }
       if (!term.moment) {
         values_of_terms[i] = sum(moment_lanes[i]) * real(term.scale);
         inner[i] = term.direction == kStudentFirst ? sum(moment_lanes[i]) : sum(inner_lanes[i]);
@@ -292,9 +366,11 @@ struct Forward : Rows<Real> {
 
   void write() {
     const Real smoothing = real(program.label_smoothing), classes = real(static_cast<double>(call.classes));
-    Real total = 0;
+    Real total = 0, output = 0;
     for (int i = 0; i < program.num_terms; ++i) {
       const Term& term = program.terms[i];
+      if (term.inner_stat >= 0) put(term.inner_stat, inner[i]);
+      if (term.teacher_stat >= 0) put(term.teacher_stat, of_teacher[i]);
       Real loss = values_of_terms[i];
       if (term.kind == kCrossEntropy) {
         const int n = term.student;
@@ -302,11 +378,13 @@ struct Forward : Rows<Real> {
         if (smoothing != 0)
           loss = (1 - smoothing) * loss + smoothing * (logs[program.softmax_at_one[n]] - shifted_sums[n] / classes);
       }
-      if (loss > static_cast<Real>(kMaskedLoss)) loss = static_cast<Real>(__builtin_inf());
-      static_cast<Real*>(call.terms)[i * call.batch + row] = loss;
-      const Real weight = this->term_weight(i);
-      if (weight != 0 || call.term_weights.row_stride == 0) total += weight * loss;
-      if (term.inner_stat >= 0) put(term.inner_stat, inner[i]);
+      const bool first = i == 0 || program.terms[i - 1].output != term.output;
+      output = first ? loss : output + loss;
+      if (i + 1 < program.num_terms && program.terms[i + 1].output == term.output) continue;
+      if (output > static_cast<Real>(kMaskedLoss)) output = static_cast<Real>(__builtin_inf());
+      static_cast<Real*>(call.terms)[term.output * call.batch + row] = output;
+      const Real weight = this->term_weight(term.output);
+      if (weight != 0 || call.term_weights.row_stride == 0) total += weight * output;
     }
     static_cast<Real*>(call.rows)[row] = total;
     put(program.mass_stat, mass);

@@ -6,7 +6,7 @@
 namespace fastokd {
 namespace {
 
-constexpr int64_t kPlanVersion = 1;     // PLAN_VERSION of fastokd/graph/plan.py
+constexpr int64_t kPlanVersion = 2;     // PLAN_VERSION of fastokd/graph/plan.py
 constexpr int64_t kMaxCount = 1 << 12;  // larger counts are invalid
 
 constexpr int kWeightAlignment = 16;  // aligns each node's weights to a vector of any width
@@ -47,7 +47,7 @@ double temperature(Reader<double>& floats) {
   return value;
 }
 
-bool is_logits(int kind) { return kind == kLogits || kind == kMixture; }
+bool is_logits(int kind) { return kind == kLogits || kind == kMixture || kind == kNonTarget; }
 bool is_probability(int kind) { return kind == kExternal || kind == kProbabilityMixture; }
 
 Node plain_node(int kind) {
@@ -59,7 +59,7 @@ Node plain_node(int kind) {
 }
 
 void read_node(Reader<int64_t>& ints, Reader<double>& floats, fastokd_plan& plan) {
-  Node node = plain_node(flag(ints, kSelection, FASTOKD_PLAN_NODE));
+  Node node = plain_node(flag(ints, kNonTarget, FASTOKD_PLAN_NODE));
   const int64_t source = ints.next();
   require(source >= -1 && source < static_cast<int64_t>(plan.widths.size()), FASTOKD_PLAN_NODE);
   node.source = static_cast<int>(source);
@@ -69,8 +69,10 @@ void read_node(Reader<int64_t>& ints, Reader<double>& floats, fastokd_plan& plan
   for (int k = 0; k < node.num_inputs; ++k) {
     inputs.push_back(flag(ints, static_cast<int64_t>(plan.nodes.size()) - 1, FASTOKD_PLAN_NODE));
     const int kind = plan.nodes[inputs.back()].kind;
+    require(kind != kNonTarget, FASTOKD_PLAN_NODE);
     require(is_logits(kind) || (node.kind == kProbabilityMixture && kind == kExternal), FASTOKD_PLAN_NODE);
   }
+  require(node.kind != kNonTarget || node.num_inputs == 1, FASTOKD_PLAN_NODE);
   node.temperature = temperature(floats);
   const bool weighted = node.kind == kMixture || node.kind == kProbabilityMixture;
   require(weighted || source < 0, FASTOKD_PLAN_NODE);
@@ -83,7 +85,8 @@ void read_node(Reader<int64_t>& ints, Reader<double>& floats, fastokd_plan& plan
       require(node.kind == kMixture || constants.back() >= 0, FASTOKD_PLAN_NUMBER);
     }
   }
-  if (weighted) {
+  if (node.kind == kNonTarget) constants.push_back(1);  // it passes its gradient on like a mixture
+  if (weighted || node.kind == kNonTarget) {
     node.first_weight = plan.program.num_weights;
     plan.program.num_weights += (node.num_inputs + kWeightAlignment - 1) / kWeightAlignment * kWeightAlignment;
   }
@@ -96,27 +99,38 @@ void read_node(Reader<int64_t>& ints, Reader<double>& floats, fastokd_plan& plan
 void read_term(Reader<int64_t>& ints, Reader<double>& floats, fastokd_plan& plan) {
   const int64_t last = static_cast<int64_t>(plan.nodes.size()) - 1;
   Term term{};
-  term.kind = flag(ints, kKL, FASTOKD_PLAN_TERM);
+  term.kind = flag(ints, kAbsoluteError, FASTOKD_PLAN_TERM);
   term.student = flag(ints, last, FASTOKD_PLAN_TERM);
   require(is_logits(plan.nodes[term.student].kind), FASTOKD_PLAN_TERM);
   const int64_t teacher = ints.next();
   term.teacher = static_cast<int>(teacher);
   term.detach = flag(ints, 1, FASTOKD_PLAN_TERM);
-  term.direction = flag(ints, kStudentFirst, FASTOKD_PLAN_TERM);
+  term.direction = flag(ints, kJensenShannon, FASTOKD_PLAN_TERM);
   term.eps_mode = flag(ints, kEpsExact, FASTOKD_PLAN_TERM);
+  term.output = flag(ints, plan.program.num_outputs, FASTOKD_PLAN_TERM);
+  require(term.output >= plan.program.num_outputs - 1, FASTOKD_PLAN_TERM);
+  plan.program.num_outputs = term.output + 1;
   term.temperature = temperature(floats);
   term.scale = floats.next();
   term.eps = floats.next();
+  term.beta = floats.next();
   require(std::isfinite(term.scale) && term.eps >= 0 && term.eps < 1, FASTOKD_PLAN_NUMBER);
-  term.first = term.second = term.first_softmax = term.second_softmax = term.inner_stat = term.mixture_stat = -1;
+  term.first = term.second = term.first_softmax = term.second_softmax = -1;
+  term.inner_stat = term.teacher_stat = term.mixture_stat = -1;
   if (term.kind == kCrossEntropy) {
     require(teacher == -1, FASTOKD_PLAN_TERM);
   } else {
     require(teacher >= 0 && teacher <= last && teacher != term.student, FASTOKD_PLAN_TERM);
-    const bool probability = is_probability(plan.nodes[teacher].kind);
+    const int kind = plan.nodes[teacher].kind;
+    const bool probability = is_probability(kind);
     require(term.direction == kTeacherFirst || term.eps_mode == kEpsNone, FASTOKD_PLAN_TERM);
     require(!probability || term.eps_mode != kEpsFirstOrder, FASTOKD_PLAN_TERM);
-    term.moment = !probability && term.eps_mode != kEpsExact;
+    const bool non_target = kind == kNonTarget && plan.nodes[term.student].kind == kNonTarget;
+    require(term.kind != kTargetKL || non_target, FASTOKD_PLAN_TERM);
+    require(term.kind < kSquaredError || is_logits(kind), FASTOKD_PLAN_TERM);
+    const bool js = term.direction == kJensenShannon;
+    require(!js || (term.beta > 0 && term.beta < 1), FASTOKD_PLAN_NUMBER);
+    term.moment = term.kind == kKL && !probability && term.eps_mode != kEpsExact && !js;
     const bool swapped = term.direction == kStudentFirst;
     term.first = swapped ? term.student : term.teacher;
     term.second = swapped ? term.teacher : term.student;
@@ -174,7 +188,7 @@ void find_softmaxes(fastokd_plan& plan) {
   SoftmaxTable table;
   for (const Term& term : plan.terms) {
     if (term.kind == kCrossEntropy) table.add(term.student, 1);
-    else
+    else if (term.kind == kKL || term.kind == kTargetKL)
       for (const int node : {term.first, term.second})
         if (!is_probability(plan.nodes[node].kind)) table.add(node, term.temperature);
   }
@@ -189,7 +203,7 @@ void find_softmaxes(fastokd_plan& plan) {
   const auto softmax_of = [&](int node, double temperature) { return static_cast<int>(table.find(node, temperature)); };
   std::vector<bool> has_edges(plan.softmaxes.size());
   for (Term& term : plan.terms) {
-    if (term.kind == kCrossEntropy) continue;
+    if (term.kind != kKL && term.kind != kTargetKL) continue;
     if (!is_probability(plan.nodes[term.first].kind)) term.first_softmax = softmax_of(term.first, term.temperature);
     if (!is_probability(plan.nodes[term.second].kind)) term.second_softmax = softmax_of(term.second, term.temperature);
     if (term.moment) has_edges[term.first_softmax] = true;
@@ -241,7 +255,17 @@ void find_passes(fastokd_plan& plan) {
       plan.nodes[term.student].wants_sum |= plan.program.label_smoothing > 0;
       continue;
     }
+    if (term.kind == kTargetKL) {
+      for (const int node : {term.first, term.second}) plan.nodes[plan.inputs[node][0]].wants_target = true;
+      continue;
+    }
     Node &first = plan.nodes[term.first], &second = plan.nodes[term.second];
+    if (term.kind >= kSquaredError) {
+      first.read_in |= 1u;
+      second.read_in |= 1u;
+      plan.program.has_normalized = true;
+      continue;
+    }
     term.pass = std::max(first.sum_pass, second.sum_pass) + (term.moment ? 0 : 1);
     first.read_in |= 1u << term.pass;
     second.read_in |= 1u << term.pass;
@@ -271,8 +295,10 @@ void place_stats(fastokd_plan& plan) {
     node.extra_stat = next;
     next += node.kind == kMinimum ? node.num_inputs : 1;
   }
-  for (Term& term : plan.terms)
-    if (term.kind == kKL) term.inner_stat = next++;
+  for (Term& term : plan.terms) {
+    if (term.kind == kKL || term.kind == kTargetKL) term.inner_stat = next++;
+    if (term.direction == kJensenShannon || term.kind == kTargetKL) term.teacher_stat = next++;
+  }
   program.mixture_stats = next;
   for (Term& term : plan.terms) {
     if (term.kind != kKL || term.detach || plan.nodes[term.teacher].kind != kProbabilityMixture) continue;

@@ -8,9 +8,12 @@
 // - edge: a KL term sum_c p_first (log p_first - log p_second).
 // - moment: the mean of log p_first - log p_second under p_first, without the logarithms of the two sums. An edge between
 //   two rows of logits needs no more than its moment.
-// - normalized edge: an edge that needs normalized probabilities, because one row is not a row of logits or because an
-//   exact eps is added to the teacher's probabilities. It takes a separate pass. (kernels/triton has a shorter way for
-//   edges from external rows.)
+// - normalized edge: an edge that needs normalized probabilities, because one row is not a row of logits, because an
+//   exact eps is added to the teacher's probabilities, or because it is a Jensen-Shannon divergence. It takes a separate
+//   pass. (kernels/triton has a shorter way for edges from external rows.)
+// - non-target node: a row of logits without the label's class.
+// - target edge: the KL divergence of the pairs (probability of the label, of all other classes) of two rows of logits.
+// - output: a term of the graph, the sum of one or two terms here.
 // - statistics: the values per row that the forward pass keeps for the backward pass.
 // - pass: one reading of all columns of a row, in chunks.
 //
@@ -25,10 +28,18 @@
 
 namespace fastokd {
 
-enum NodeKind { kLogits = -2, kExternal = -1, kMixture = 0, kProbabilityMixture = 1, kMinimum = 2, kSelection = 3 };
-enum TermKind { kCrossEntropy = 0, kKL = 1 };
+enum NodeKind {
+  kLogits = -2,
+  kExternal = -1,
+  kMixture = 0,
+  kProbabilityMixture = 1,
+  kMinimum = 2,
+  kSelection = 3,
+  kNonTarget = 4
+};
+enum TermKind { kCrossEntropy = 0, kKL = 1, kTargetKL = 2, kSquaredError = 3, kAbsoluteError = 4 };
 enum EpsMode { kEpsNone = 0, kEpsFirstOrder = 1, kEpsExact = 2 };
-enum Direction { kTeacherFirst = 0, kStudentFirst = 1 };
+enum Direction { kTeacherFirst = 0, kStudentFirst = 1, kJensenShannon = 2 };
 
 struct Node {
   int kind;
@@ -60,6 +71,7 @@ struct Softmax {
 
 struct Term {
   int kind;
+  int output;
   int student;
   int teacher;
   double temperature;
@@ -68,13 +80,15 @@ struct Term {
   int direction;
   int eps_mode;
   double eps;
+  double beta;
   bool moment;         // an edge that needs only its moment; other edges are normalized edges
   int pass;
   int first;           // nodes
   int second;
   int first_softmax;   // -1 for a row of probabilities
   int second_softmax;
-  int inner_stat;      // the sum over the classes that the gradient needs
+  int inner_stat;      // the sum over the classes that the gradient needs; of a target edge its slope for the student
+  int teacher_stat;    // the same for the teacher of a Jensen-Shannon divergence or a target edge, or -1
   int mixture_stat;    // the first of K such sums for the inputs of a probability mixture that learns, or -1
 };
 
@@ -84,6 +98,7 @@ struct Program {
   int num_sources;
   int num_nodes;
   int num_terms;
+  int num_outputs;
   int num_softmaxes;
   int num_weights;
   int num_stats;
@@ -91,7 +106,7 @@ struct Program {
   int num_mixture_sums;
   int mixture_stats;
   int mass_stat;        // the sum of the target's probabilities; NaN for a label out of range
-  bool has_normalized;  // there are normalized edges or probability mixtures
+  bool has_normalized;  // there are normalized edges, probability mixtures or errors
   double label_smoothing;
   const int* widths;
   const Node* nodes;

@@ -129,7 +129,7 @@ struct Rows {
     }
     for (int n = 0; n < program.num_nodes; ++n) {
       const Node& node = program.nodes[n];
-      if (node.kind != kMixture && node.kind != kProbabilityMixture) continue;
+      if (node.kind != kMixture && node.kind != kProbabilityMixture && node.kind != kNonTarget) continue;
       if (node.source >= 0)
         load_row(weight(node.source), b, 0, node.num_inputs, weights + node.first_weight);
       else
@@ -167,6 +167,10 @@ struct Rows {
         case kMixture: mixture(n); break;
         case kProbabilityMixture: probability_mixture(n); break;
         case kMinimum: minimum(n); break;
+        case kNonTarget:
+          memcpy(value(n), value(node.inputs[0]), padded * sizeof(Real));
+          if (label >= start && label < start + count) value(n)[label - start] = static_cast<Real>(kMasked);
+          break;
         default: memcpy(value(n), value(node.inputs[chosen[n]]), padded * sizeof(Real));
       }
     }
@@ -258,7 +262,8 @@ template <class Real>
 struct NormalizedEdge {
   using Vec = typename Lanes<Real>::Vec;
   struct Column {
-    Vec log_p, p, log_q, q, log_with_eps;  // `with_eps` is p + eps
+    Vec log_p, p, log_q, q, with_eps, log_with_eps;  // `with_eps` is p + eps
+    Vec of_teacher, of_student;                      // the two parts of a Jensen-Shannon divergence
   };
   const Rows<Real>& rows;
   const Term& term;
@@ -284,12 +289,24 @@ struct NormalizedEdge {
     }
     c.log_with_eps = term.eps_mode == kEpsExact ? vlog(c.p + eps) : c.log_p;
     c.log_q = rows.log_softmax(term.student, student_softmax, i);
+    // A class that both rows mask: it has no share in the value, and eps is for those that exist.
+    const auto absent = (c.p <= Rows<Real>::kFloor) & (c.log_q < Vec{} - static_cast<Real>(kMaskedLoss));
+    c.with_eps = absent ? Vec{} : c.p + eps;
+    c.p = absent ? Vec{} : c.p;
     c.q = vexp(c.log_q);
+    if (term.direction == kJensenShannon) {
+      const Real beta = static_cast<Real>(term.beta), rest = static_cast<Real>(1 - term.beta);
+      const Vec m = beta * c.p + rest * c.q;
+      const Vec log_m = vlog(m < Rows<Real>::kFloor ? Vec{} + Rows<Real>::kFloor : m);
+      c.of_teacher = beta * c.p * (c.log_p - log_m);
+      c.of_student = rest * c.q * (c.log_q - log_m);
+    }
     return c;
   }
 
-  // d KL / d log p for a teacher that is a probability mixture.
+  // d term / d log p for a teacher that is a probability mixture.
   Vec teacher_slope(const Column& c) const {
+    if (term.direction == kJensenShannon) return c.of_teacher;  // the parts through log m add up to 0
     return term.direction == kStudentFirst ? -c.q : c.p * (c.log_with_eps - c.log_q + 1);
   }
 };

@@ -23,15 +23,15 @@ static int failures = 0;
  * cross-entropies of all five; ta2 -> branch 0, branch 1 -> branch 0, ta3 -> ta2, branch 2 -> ta2. */
 enum { M = 3, NUM_TERMS = 9, CE = 0, KL = 1 };
 static const int64_t plan_ints[] = {
-    1, M, 0, 2, 2, 2,                                         /* version, logits, externals, sources of width 2 */
+    2, M, 0, 2, 2, 2,                                         /* version, logits, externals, sources of width 2 */
     2, 0, 0, 2, 1, 0, 0, 1, 2, 2, 3,                          /* two mixtures */
-    NUM_TERMS, CE, 0, -1, 0, 0, 0, CE, 1, -1, 0, 0, 0, CE, 2, -1, 0, 0, 0, CE, 3, -1, 0, 0, 0, CE, 4, -1, 0, 0, 0,
-    KL, 0, 3, 0, 0, 0, KL, 0, 1, 0, 0, 0, KL, 3, 4, 0, 0, 0, KL, 3, 2, 0, 0, 0,
+    NUM_TERMS, CE, 0, -1, 0, 0, 0, 0, CE, 1, -1, 0, 0, 0, 1, CE, 2, -1, 0, 0, 0, 2, CE, 3, -1, 0, 0, 0, 3,
+    CE, 4, -1, 0, 0, 0, 4, KL, 0, 3, 0, 0, 0, 5, KL, 0, 1, 0, 0, 0, 6, KL, 3, 4, 0, 0, 0, 7, KL, 3, 2, 0, 0, 0, 8,
 };
 static const double plan_floats[] = {
     0, 1, 1,                                                  /* label smoothing, the nodes' temperatures */
-    1, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1, 0,              /* temperature, T^2, eps of the cross-entropies */
-    3, 9, 0, 3, 9, 0, 3, 9, 0, 3, 9, 0,
+    1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, /* temperature, T^2, eps, beta of the cross-entropies */
+    3, 9, 0, 0, 3, 9, 0, 0, 3, 9, 0, 0, 3, 9, 0, 0,
 };
 enum { NUM_INTS = sizeof plan_ints / sizeof *plan_ints, NUM_FLOATS = sizeof plan_floats / sizeof *plan_floats };
 /* lambda_ta = 4, lambda_branch = 2, kd_weight = 0.5. */
@@ -110,15 +110,17 @@ static int32_t status_with(int at, int64_t value) {
 
 static void test_bad_plans(void) {
   fastokd_plan *plan = NULL;
-  CHECK(status_with(0, 2) == FASTOKD_PLAN_VERSION);
+  CHECK(status_with(0, 1) == FASTOKD_PLAN_VERSION);
   CHECK(status_with(1, -1) == FASTOKD_PLAN_COUNT);
   CHECK(status_with(1, INT64_MAX) == FASTOKD_PLAN_COUNT);
   CHECK(status_with(7, 9) == FASTOKD_PLAN_NODE);  /* kind */
   CHECK(status_with(8, 2) == FASTOKD_PLAN_NODE);  /* source */
   CHECK(status_with(10, 3) == FASTOKD_PLAN_NODE); /* a node that takes itself */
-  CHECK(status_with(18, 2) == FASTOKD_PLAN_TERM); /* kind */
+  CHECK(status_with(18, 2) == FASTOKD_PLAN_TERM); /* a target edge without non-target nodes */
+  CHECK(status_with(18, 5) == FASTOKD_PLAN_TERM); /* kind */
   CHECK(status_with(19, 5) == FASTOKD_PLAN_TERM); /* student */
   CHECK(status_with(20, 0) == FASTOKD_PLAN_TERM); /* a cross-entropy with a teacher */
+  CHECK(status_with(24, 1) == FASTOKD_PLAN_TERM); /* an output that is left out */
   for (int n = 0; n < NUM_INTS; ++n) {
     const int32_t status = fastokd_plan_create(plan_ints, n, plan_floats, NUM_FLOATS, NULL, &plan);
     CHECK(status == (n == 0 ? FASTOKD_PLAN_VERSION : FASTOKD_PLAN_LENGTH));
@@ -128,9 +130,9 @@ static void test_bad_plans(void) {
   CHECK(fastokd_plan_create(NULL, 0, plan_floats, NUM_FLOATS, NULL, &plan) == FASTOKD_ARGUMENT);
   double floats[NUM_FLOATS];
   memcpy(floats, plan_floats, sizeof floats);
-  floats[18] = 0; /* the first KL's temperature */
+  floats[23] = 0; /* the first KL's temperature */
   CHECK(fastokd_plan_create(plan_ints, NUM_INTS, floats, NUM_FLOATS, NULL, &plan) == FASTOKD_PLAN_NUMBER);
-  floats[18] = NAN;
+  floats[23] = NAN;
   CHECK(fastokd_plan_create(plan_ints, NUM_INTS, floats, NUM_FLOATS, NULL, &plan) == FASTOKD_PLAN_NUMBER);
   CHECK(plan == NULL);
   for (int32_t status = -1; status < 12; ++status) CHECK(strlen(fastokd_status_message(status)) > 0);

@@ -12,8 +12,10 @@ from fastokd.kernels.triton.coefs import before_columns, through_mixtures
 from fastokd.kernels.triton.columns import (
     FLOOR,
     LN2,
+    MASKED_LOSS,
     NEGATIVE_ZERO,
     add_at,
+    first_column,
     lane_constants,
     log2,
     masked,
@@ -24,7 +26,13 @@ from fastokd.kernels.triton.columns import (
     store_rows,
     to_compute,
 )
-from fastokd.kernels.triton.normalized import log_probability, log_sums, prob_mixtures, teacher_row
+from fastokd.kernels.triton.normalized import (
+    jensen_shannon,
+    log_probability,
+    log_sums,
+    prob_mixtures,
+    teacher_row,
+)
 from fastokd.kernels.triton.passes import part_of_row
 from fastokd.kernels.triton.rows import (
     MAIN_PASS,
@@ -72,12 +80,27 @@ def added_external_edges(
                 softmax_coefs, SPEC.external_edges[e].student_softmax, external[e] * gap
             )
         else:
-            grads = add_at(
-                grads,
-                SPEC.external_edges[e].student,
-                -(external[e] * (teacher + SPEC.external_edges[e].eps)),
-            )
+            with_eps = teacher
+            if SPEC.external_edges[e].eps > 0:
+                student = rows[SPEC.external_edges[e].student]
+                exists = (teacher > FLOOR) | (student > -MASKED_LOSS)
+                with_eps = tl.where(exists, teacher + SPEC.external_edges[e].eps, 0.0)
+            grads = add_at(grads, SPEC.external_edges[e].student, -(external[e] * with_eps))
     return grads, softmax_coefs
+
+
+@triton.jit
+def added_errors(grads, errors, rows, SPEC: tl.constexpr):
+    """Gradients at one piece, with those of the errors added."""
+    for e in tl.static_range(len(SPEC.main.errors)):
+        part = rows[SPEC.main.errors[e].student] - rows[SPEC.main.errors[e].teacher]
+        if not SPEC.main.errors[e].squared:
+            part = tl.where(part > 0, 1.0, tl.where(part < 0, -1.0, 0.0))
+        part = errors[e] * part
+        grads = add_at(grads, SPEC.main.errors[e].student, part)
+        if SPEC.main.errors[e].teacher_learns:
+            grads = add_at(grads, SPEC.main.errors[e].teacher, -part)
+    return grads
 
 
 @triton.jit
@@ -102,6 +125,7 @@ def added_normalized_edge(
     grads,
     slopes,
     coef,
+    rows,
     scaled,
     mixtures,
     logs,
@@ -117,10 +141,21 @@ def added_normalized_edge(
     temperature: tl.constexpr = SPEC.normalized_edges[E].temperature
     student_node: tl.constexpr = SPEC.normalized_edges[E].student
     at: tl.constexpr = SPEC.layout.normalized.start + 2 * E
-    probability, with_eps, logarithm = teacher_row(scaled, mixtures, logs, E, SPEC, TILE)
     student = log_probability(scaled, logs, SPEC.normalized_edges[E].student_softmax, SPEC)
+    probability, with_eps, logarithm = teacher_row(
+        rows, scaled, mixtures, logs, student, E, SPEC, TILE
+    )
     gap = (logarithm - student) * LN2
-    if SPEC.normalized_edges[E].student_first:
+    if SPEC.normalized_edges[E].beta > 0:
+        of_student, of_teacher = jensen_shannon(probability, logarithm, student, E, SPEC, TILE)
+        grads = add_at(grads, student_node, coef * (of_student - tl.exp2(student) * stats[at]))
+        if SPEC.normalized_edges[E].teacher_learns:
+            if mixture >= 0:
+                slopes = add_at(slopes, mixture, coef * of_teacher * temperature)
+            else:
+                part = coef * (of_teacher - probability * stats[at + 1])
+                grads = add_at(grads, SPEC.normalized_edges[E].teacher, part)
+    elif SPEC.normalized_edges[E].student_first:
         share = coef * tl.exp2(student)
         grads = add_at(grads, student_node, -(share * (gap + stats[at])))
         if SPEC.normalized_edges[E].teacher_learns:
@@ -161,18 +196,19 @@ def node_gradients(
     ``coefs`` are the first result of ``row_coefs``. ``logs``, log2 of the sums, are needed by
     normalized edges only.
     """
-    softmax_coefs, edges, external, normalized = coefs
+    softmax_coefs, edges, external, normalized, errors = coefs
     grads, softmax_coefs = added_edges(grads, softmax_coefs, edges, scaled, powers, SPEC, TILE)
     grads, softmax_coefs = added_external_edges(
         grads, softmax_coefs, external, rows, scaled, SPEC, TILE
     )
     grads = added_softmaxes(grads, softmax_coefs, powers, SPEC)
+    grads = added_errors(grads, errors, rows, SPEC)
     if len(SPEC.normalized_edges):
         mixtures = prob_mixtures(rows, scaled, weights, logs, SPEC, TILE)
         slopes = lane_constants(len(SPEC.prob_mixtures), NEGATIVE_ZERO, TILE)
         for e in tl.static_range(len(SPEC.normalized_edges)):
             grads, slopes = added_normalized_edge(
-                grads, slopes, normalized[e], scaled, mixtures, logs, stats, e, SPEC, TILE
+                grads, slopes, normalized[e], rows, scaled, mixtures, logs, stats, e, SPEC, TILE
             )
         for b in tl.static_range(len(SPEC.prob_mixtures)):
             grads = added_mixture_inputs(grads, slopes[b], mixtures[b], weights, b, SPEC)
@@ -215,7 +251,7 @@ def weight_gradients(totals, weights, shared, label_logits, stats, SPEC: tl.cons
     for j in tl.static_range(len(SPEC.mixtures)):
         if SPEC.mixtures[j].first_weight >= 0:
             for k in tl.static_range(len(SPEC.mixtures[j].inputs)):
-                if len(SPEC.cross_entropies):
+                if SPEC.use_target_coefs:
                     label_logit = label_logits[SPEC.mixtures[j].inputs[k]]
                     part = target_coefs[SPEC.mixtures[j].node] * label_logit
                     totals = add_at(totals, SPEC.mixtures[j].first_weight + k, part)
@@ -246,7 +282,7 @@ def logit_gradient(
     _coefs, target_coefs, one_coefs, _weight_grads = shared
     if SPEC.use_row_sums:
         grad += one_coefs[M]
-    if len(SPEC.cross_entropies):
+    if SPEC.use_target_coefs:
         if TILE.soft_target:
             grad += target_coefs[M] * to_compute(targets[PIECE], TILE)
         else:
@@ -336,16 +372,16 @@ def backward_columns(
     if TILE.splits > 1:
         first, end, tail = part_of_row(TILE)
         for chunk in range(first, end):
-            base = chunk * TILE.block
+            base = first_column(chunk, TILE)
             out = backward_chunk(out, grad_logits, row, base, 0, TILE.pieces, SPEC, TILE)
         if TILE.rest:
             for chunk in range(tail, TILE.whole + 1):
-                base = chunk * TILE.block
+                base = first_column(chunk, TILE)
                 out = backward_chunk(out, grad_logits, row, base, rest, rest_pieces, SPEC, TILE)
     else:
         if TILE.whole:
             for chunk in range(TILE.whole):
-                base = chunk * TILE.block
+                base = first_column(chunk, TILE)
                 out = backward_chunk(out, grad_logits, row, base, 0, TILE.pieces, SPEC, TILE)
         if TILE.rest:
             last: tl.constexpr = TILE.whole * TILE.block

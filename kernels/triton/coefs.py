@@ -145,6 +145,43 @@ def external_coefs(
 
 
 @triton.jit
+def target_edge_coefs(
+    node_coefs, gradient, term_weights, stats, SPEC: tl.constexpr, TILE: tl.constexpr
+):
+    """``node_coefs`` with those of the target edges added."""
+    softmax_coefs, target_coefs, one_coefs = node_coefs
+    sums = stats[SPEC.layout.sums.start : SPEC.layout.sums.stop]
+    for t in tl.static_range(len(SPEC.target_edges)):
+        coef = edge_coef(
+            gradient,
+            term_weights,
+            SPEC.target_edges[t].term,
+            SPEC.target_edges[t].scale,
+            SPEC.target_edges[t].temperature,
+        )
+        part = coef * stats[SPEC.layout.target_slopes.start + 2 * t]
+        target_coefs = add_at(target_coefs, SPEC.target_edges[t].student, part)
+        part = part / -sums[SPEC.target_edges[t].student_softmax]
+        softmax_coefs = add_at(softmax_coefs, SPEC.target_edges[t].student_softmax, part)
+        if SPEC.target_edges[t].teacher_learns:
+            part = coef * stats[SPEC.layout.target_slopes.start + 2 * t + 1]
+            target_coefs = add_at(target_coefs, SPEC.target_edges[t].teacher, part)
+            part = part / -sums[SPEC.target_edges[t].teacher_softmax]
+            softmax_coefs = add_at(softmax_coefs, SPEC.target_edges[t].teacher_softmax, part)
+    return softmax_coefs, target_coefs, one_coefs
+
+
+@triton.jit
+def error_coefs(gradient, term_weights, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """For each error the factor of the difference, or of its sign, in the gradient."""
+    coefs = ()
+    for e in tl.static_range(len(SPEC.main.errors)):
+        coef = gradient * tl.load(term_weights + SPEC.main.errors[e].term)
+        coefs = coefs + (coef * (SPEC.main.errors[e].slope / TILE.num_classes),)
+    return coefs
+
+
+@triton.jit
 def teacher_mass(stats, E: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
     """The sum of a normalized edge's teacher row over the classes, with its eps."""
     eps: tl.constexpr = SPEC.normalized_edges[E].eps * TILE.num_classes
@@ -185,7 +222,7 @@ def normalized_coefs(
             SPEC.normalized_edges[e].scale,
             SPEC.normalized_edges[e].temperature,
         )
-        if not SPEC.normalized_edges[e].student_first:
+        if SPEC.normalized_edges[e].beta == 0 and not SPEC.normalized_edges[e].student_first:
             softmax_coefs = add_at(
                 softmax_coefs,
                 SPEC.normalized_edges[e].student_softmax,
@@ -233,8 +270,8 @@ def row_coefs(gradient, weights, term_weights, stats, SPEC: tl.constexpr, TILE: 
     """The quantities [R, 1] that all columns of a row share.
 
     Returns the coefficients (of each softmax's exponentials, of edges, external edges, normalized
-    edges), of the target by node, of 1 by node, and for each probability mixture the gradients for
-    its weights.
+    edges, errors), of the target by node, of 1 by node, and for each probability mixture the
+    gradients for its weights.
     """
     sums = stats[SPEC.layout.sums.start : SPEC.layout.sums.stop]
     means = stats[SPEC.layout.means.start : SPEC.layout.means.stop]
@@ -246,6 +283,8 @@ def row_coefs(gradient, weights, term_weights, stats, SPEC: tl.constexpr, TILE: 
     )
     node_coefs = cross_entropy_coefs(node_coefs, gradient, term_weights, sums, mass, SPEC, TILE)
     node_coefs, edges = edge_coefs(node_coefs, gradient, term_weights, sums, means, SPEC, TILE)
+    node_coefs = target_edge_coefs(node_coefs, gradient, term_weights, stats, SPEC, TILE)
+    errors = error_coefs(gradient, term_weights, SPEC, TILE)
     softmaxes, target, one = node_coefs
     softmaxes, external = external_coefs(softmaxes, gradient, term_weights, stats, SPEC, TILE)
     softmaxes, normalized, weight_grads = normalized_coefs(
@@ -253,7 +292,7 @@ def row_coefs(gradient, weights, term_weights, stats, SPEC: tl.constexpr, TILE: 
     )
     for b in tl.static_range(len(SPEC.prob_mixtures)):
         softmaxes = mixture_input_coefs(softmaxes, weight_grads[b], weights, sums, b, SPEC, TILE)
-    return (softmaxes, edges, external, normalized), target, one, weight_grads
+    return (softmaxes, edges, external, normalized, errors), target, one, weight_grads
 
 
 @triton.jit

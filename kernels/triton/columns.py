@@ -16,6 +16,13 @@ FLOOR = tl.constexpr(1e-30)
 """The smallest probability inside a logarithm: the reference executor's ``PROBABILITY_FLOOR``."""
 PAD = tl.constexpr(-float(2**100))
 """Replaces missing columns in a maximum. A power of two, so scaling it rounds nothing."""
+MASKED = tl.constexpr(-1e37)
+"""Replaces -inf in logits, as in the reference executor. If bfloat16 had this number, the compiler
+would take the maximum before the conversion, which costs twice as much."""
+MASKED_PAIR = tl.constexpr(0xFCF1FCF1)
+"""The nearest bfloat16, two times."""
+MASKED_LOSS = tl.constexpr(1e30)
+"""A term above this is infinite, as in the reference executor."""
 NEGATIVE_ZERO = tl.constexpr(-0.0)
 """The start of a sum that the compiler can drop: x + -0.0 is x for every x, x + 0.0 is not."""
 
@@ -27,6 +34,14 @@ def to_compute(x, TILE: tl.constexpr):
         return x.to(tl.float64)
     else:
         return x.to(tl.float32)
+
+
+@triton.jit
+def to_finite(x):
+    """Logits with ``MASKED`` instead of -inf: for a class that two rows mask, their difference is 0
+    and not NaN. NaN stays NaN.
+    """
+    return tl.maximum(x, MASKED, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -140,6 +155,23 @@ def tile_columns(TILE: tl.constexpr):
 
 
 @triton.jit
+def first_column(chunk, TILE: tl.constexpr):
+    """The first column of a chunk in a loop over chunks.
+
+    For vectors, its value is hidden from the compiler, which would otherwise keep 64-bit offsets:
+    with 32 bits, each address takes one instruction instead of two.
+    """
+    block: tl.constexpr = TILE.block
+    base = chunk * block
+    if TILE.hardware and TILE.vector and TILE.whole > 1:
+        base = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [base], dtype=tl.int32, is_pure=True, pack=1
+        )
+        base = tl.multiple_of(base, block)
+    return base
+
+
+@triton.jit
 def piece_columns(PIECE: tl.constexpr, TILE: tl.constexpr):
     """The columns [1, L] of a piece, counted from the start of its chunk."""
     lanes = tl.arange(0, TILE.lanes)[None, :]
@@ -156,7 +188,8 @@ def load_pairs(start, LIMIT: tl.constexpr, TILE: tl.constexpr):
 
     A bfloat16 is the upper half of a float32. The compiler's own code shifts the upper column of
     each pair down and then up again. This code takes one instruction for either column, which saves
-    2 of 61 instructions per column at M = 4.
+    2 of 61 instructions per column at M = 4. On a GPU, ``MASKED`` replaces -inf here, in both
+    columns of a word at once.
     """
     words = (
         tl.arange(0, TILE.lanes)[None, :, None] * (TILE.pieces // 2)
@@ -167,6 +200,15 @@ def load_pairs(start, LIMIT: tl.constexpr, TILE: tl.constexpr):
         tile = tl.load(start + words, mask=words < LIMIT // 2, other=0)
     else:
         tile = tl.load(start + words)
+    if TILE.hardware:
+        tile = tl.inline_asm_elementwise(
+            "max.NaN.bf16x2 $0, $1, $2;",
+            "=r,r,r",
+            [tile, MASKED_PAIR],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
     pairs = split_halves(tile, TILE.pieces // 2)
     low = ()
     high = ()
@@ -186,7 +228,7 @@ def load_chunk(start, STRIDE: tl.constexpr, LIMIT: tl.constexpr, TILE: tl.conste
     One load reads all pieces, because the time to compile grows with the number of loads. They are
     separated in registers: a thread holds all columns of its lane.
     """
-    if TILE.vector and STRIDE == 1 and start.dtype.element_ty == tl.bfloat16 and LIMIT % 2 == 0:
+    if start.dtype.element_ty == tl.bfloat16 and TILE.has_pairs(STRIDE, LIMIT):
         return load_pairs(start, LIMIT, TILE)
     else:
         columns = tile_columns(TILE)
@@ -200,6 +242,25 @@ def load_chunk(start, STRIDE: tl.constexpr, LIMIT: tl.constexpr, TILE: tl.conste
         if not TILE.vector:
             tile = tl.permute(tile, (0, 2, 1))
         return reordered(split_halves(tile, TILE.pieces), TILE)
+
+
+@triton.jit
+def load_logits(start, STRIDE: tl.constexpr, LIMIT: tl.constexpr, TILE: tl.constexpr):
+    """The pieces of a chunk of logits at ``start`` (of a row) in the dtype of the arithmetic, with
+    ``MASKED`` instead of -inf.
+    """
+    chunk = load_chunk(start, STRIDE, LIMIT, TILE)
+    out = ()
+    for p in tl.static_range(len(chunk)):
+        piece = to_compute(chunk[p], TILE)
+        if not (
+            TILE.hardware
+            and start.dtype.element_ty == tl.bfloat16
+            and TILE.has_pairs(STRIDE, LIMIT)
+        ):
+            piece = to_finite(piece)
+        out = out + (piece,)
+    return out
 
 
 @triton.jit

@@ -7,12 +7,15 @@ import triton.language as tl
 
 from fastokd.kernels.triton.columns import (
     LN2,
+    MASKED_LOSS,
     NEGATIVE_ZERO,
+    add_at,
     log2,
     row_constant,
     row_constants,
     set_at,
     to_compute,
+    to_finite,
 )
 from fastokd.kernels.triton.normalized import normalized_pass
 from fastokd.kernels.triton.passes import run_pass
@@ -44,7 +47,7 @@ def load_label_logits(logits, target, rows, SPEC: tl.constexpr, TILE: tl.constex
             + rows * TILE.logit_strides[m][0]
             + tl.where(valid, label, 0) * TILE.logit_strides[m][1]
         )
-        out = out + (to_compute(tl.load(at), TILE) * mass,)
+        out = out + (to_finite(to_compute(tl.load(at), TILE)) * mass,)
     return out, mass
 
 
@@ -167,7 +170,7 @@ def edge_values(terms, maxima, sums, means, node_sums, SPEC: tl.constexpr, TILE:
         value = (means[e] + log2(ratio, TILE)) * LN2
         if SPEC.edges[e].eps > 0:
             value += first_order_eps(maxima, sums, node_sums, e, SPEC, TILE)
-        terms = set_at(terms, SPEC.edges[e].term, value * SPEC.edges[e].scale)
+        terms = add_at(terms, SPEC.edges[e].term, value * SPEC.edges[e].scale)
     return terms
 
 
@@ -190,7 +193,80 @@ def external_values(
                 maxima, sums, SPEC.external_edges[e].student_softmax, SPEC, MAIN_PASS, TILE
             )
         value = value * (LN2 * SPEC.external_edges[e].scale)
-        terms = set_at(terms, SPEC.external_edges[e].term, value)
+        terms = add_at(terms, SPEC.external_edges[e].term, value)
+    return terms
+
+
+@triton.jit
+def log_odds(maxima, sums, label_logit, F: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """The logit of the label's probability, from a node's label logit and non-target softmax."""
+    scaled_node: tl.constexpr = SPEC.main.softmaxes[F].scaled_node
+    gap = label_logit * SPEC.main.scaled_nodes[scaled_node].scale - maxima[scaled_node]
+    return (gap * SPEC.main.softmaxes[F].ratio - log2(sums[F], TILE)) * LN2
+
+
+@triton.jit
+def softplus(x, TILE: tl.constexpr):
+    """log(1 + exp(x))."""
+    e = tl.exp2(-tl.abs(x) * (1.0 / LN2))
+    total = 1.0 + e
+    # The first term of its series replaces what 1 + e rounds away.
+    return tl.maximum(x, 0.0) + log2(total, TILE) * LN2 + (e - (total - 1.0)) / total
+
+
+@triton.jit
+def target_values(terms, maxima, sums, label_logits, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """The terms with the values of the target edges, and the slopes of ``SPEC.layout``."""
+    slopes = ()
+    for t in tl.static_range(len(SPEC.target_edges)):
+        student = log_odds(
+            maxima,
+            sums,
+            label_logits[SPEC.target_edges[t].student],
+            SPEC.target_edges[t].student_softmax,
+            SPEC,
+            TILE,
+        )
+        teacher = log_odds(
+            maxima,
+            sums,
+            label_logits[SPEC.target_edges[t].teacher],
+            SPEC.target_edges[t].teacher_softmax,
+            SPEC,
+            TILE,
+        )
+        # Of two equal forms, the one whose terms are small where probabilities are near 0 or 1.
+        sign = tl.where(teacher > 0, -1.0, 1.0)
+        gap = (teacher - student) * sign
+        lost = softplus(teacher * sign, TILE)
+        likely = tl.exp2((teacher * sign - lost) * (1.0 / LN2))
+        value = likely * gap - lost + softplus(student * sign, TILE)
+        terms = add_at(terms, SPEC.target_edges[t].term, value * SPEC.target_edges[t].scale)
+        rest = 1.0 - likely
+        q = tl.exp2((student - softplus(student, TILE)) * (1.0 / LN2))
+        p = tl.where(teacher > 0, rest, likely)
+        slopes = slopes + (q - p, likely * rest * (teacher - student))
+    return terms, slopes
+
+
+@triton.jit
+def normalized_values(terms, normalized, SPEC: tl.constexpr):
+    """The terms with the values of the normalized edges."""
+    for e in tl.static_range(len(SPEC.normalized_edges)):
+        value = normalized[2 * e]
+        if SPEC.normalized_edges[e].beta > 0:
+            value += normalized[2 * e + 1]
+        value = value * SPEC.normalized_edges[e].scale
+        terms = add_at(terms, SPEC.normalized_edges[e].term, value)
+    return terms
+
+
+@triton.jit
+def error_values(terms, plain, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """The terms with the values of the errors."""
+    for e in tl.static_range(len(SPEC.main.errors)):
+        value = plain[SPEC.first_error + e] * (SPEC.main.errors[e].scale / TILE.num_classes)
+        terms = add_at(terms, SPEC.main.errors[e].term, value)
     return terms
 
 
@@ -238,12 +314,12 @@ def forward_row(
         masses = plain[first : first + SPEC.num_externals]
         products = plain[first + SPEC.num_externals :]
 
-    terms = row_constants(SPEC.num_terms, 0.0, TILE)
+    terms = row_constants(SPEC.num_terms, NEGATIVE_ZERO, TILE)
     for c in tl.static_range(len(SPEC.cross_entropies)):
         value = smoothed_cross_entropy(
             maxima, sums, node_label_logits, node_sums, mass, c, SPEC, TILE
         )
-        terms = set_at(terms, SPEC.cross_entropies[c].term, value)
+        terms = add_at(terms, SPEC.cross_entropies[c].term, value)
     terms = edge_values(terms, maxima, sums, means, node_sums, SPEC, TILE)
     terms = external_values(terms, maxima, sums, means, masses, products, SPEC, TILE)
     normalized = ()
@@ -251,10 +327,13 @@ def forward_row(
         # A soft target gives the label logits only now.
         row_state = (weights, node_label_logits, chosen)
         normalized = normalized_pass(inputs, row_state, rows, maxima, sums, partials, SPEC, TILE)
-        for e in tl.static_range(len(SPEC.normalized_edges)):
-            value = normalized[2 * e] * SPEC.normalized_edges[e].scale
-            terms = set_at(terms, SPEC.normalized_edges[e].term, value)
+        terms = normalized_values(terms, normalized, SPEC)
+    terms, slopes = target_values(terms, maxima, sums, node_label_logits, SPEC, TILE)
+    terms = error_values(terms, plain, SPEC, TILE)
 
+    for t in tl.static_range(tl.constexpr(SPEC.num_terms)):
+        value = tl.where(terms[t] > MASKED_LOSS, float("inf"), terms[t])
+        terms = set_at(terms, t, value)
     loss = row_constant(NEGATIVE_ZERO, TILE)
     for t in tl.static_range(tl.constexpr(SPEC.num_terms)):
         weight = tl.load(term_weights + t)
@@ -266,4 +345,5 @@ def forward_row(
     if SPEC.use_label_logits:
         stats = stats + label_logits
     stats = stats + plain[: SPEC.first_external_sum] + (mass,) + chosen + masses + normalized
+    stats = stats + slopes
     return loss, terms, stats

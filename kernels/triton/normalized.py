@@ -1,4 +1,5 @@
-"""Normalized edges: probability mixtures as teachers, and an exact eps added to a teacher.
+"""Normalized edges: probability mixtures as teachers, an exact eps added to a teacher, and
+Jensen-Shannon divergences.
 
 They take another pass over the columns, after the sums of exponentials are known. ``logs`` are log2
 of the sums, by softmax. ``mixtures`` holds (probability, log2 of it, d log / d weight by input) of
@@ -13,7 +14,9 @@ import triton.language as tl
 from fastokd.kernels.triton.columns import (
     FLOOR,
     LN2,
+    MASKED_LOSS,
     PAD,
+    first_column,
     lane_constants,
     log2,
     masked,
@@ -90,20 +93,45 @@ def log_sums(sums, TILE: tl.constexpr):
 
 
 @triton.jit
-def teacher_row(scaled, mixtures, logs, E: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
+def teacher_row(
+    rows, scaled, mixtures, logs, student, E: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr
+):
     """The teacher of a normalized edge at one piece: its probability, the same with eps, and log2
-    of the latter.
+    of the latter. ``student`` is log2 of the student's. A class that both rows mask has no share in
+    the value, and eps is for those that exist.
     """
-    if SPEC.normalized_edges[E].prob_mixture >= 0:
-        probability, logarithm, _slopes = mixtures[SPEC.normalized_edges[E].prob_mixture]
+    mixture: tl.constexpr = SPEC.normalized_edges[E].prob_mixture
+    if SPEC.normalized_edges[E].external >= 0:
+        probability = rows[SPEC.normalized_edges[E].external]
+        logarithm = log2(tl.maximum(probability, FLOOR), TILE)
+    elif mixture >= 0:
+        probability, logarithm, _slopes = mixtures[mixture]
     else:
         logarithm = log_probability(scaled, logs, SPEC.normalized_edges[E].teacher_softmax, SPEC)
         probability = tl.exp2(logarithm)
+    with_eps = probability
     if SPEC.normalized_edges[E].eps > 0:
         with_eps = probability + SPEC.normalized_edges[E].eps
-        return probability, with_eps, log2(with_eps, TILE)
-    else:
-        return probability, probability, logarithm
+        logarithm = log2(with_eps, TILE)
+    if SPEC.normalized_edges[E].eps > 0 or mixture >= 0:
+        exists = (probability > FLOOR) | (student > -MASKED_LOSS)
+        with_eps = tl.where(exists, with_eps, 0.0)
+        probability = tl.where(exists, probability, 0.0)
+    return probability, with_eps, logarithm
+
+
+@triton.jit
+def jensen_shannon(
+    probability, logarithm, student, E: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr
+):
+    """The summands of the student's and the teacher's part of a Jensen-Shannon divergence, which
+    are also its derivatives for the logarithms of their probabilities: those through the mixture's
+    logarithm add up to 0. ``logarithm`` and ``student`` are log2 of the probabilities.
+    """
+    of_teacher = probability * SPEC.normalized_edges[E].beta
+    of_student = tl.exp2(student) * (1.0 - SPEC.normalized_edges[E].beta)
+    middle = log2(tl.maximum(of_teacher + of_student, FLOOR), TILE)
+    return of_student * (student - middle) * LN2, of_teacher * (logarithm - middle) * LN2
 
 
 @triton.jit
@@ -122,10 +150,15 @@ def normalized_summands(piece, scaled, weights, logs, SPEC: tl.constexpr, TILE: 
     out = ()
     products = ()
     for e in tl.static_range(len(SPEC.normalized_edges)):
-        probability, with_eps, logarithm = teacher_row(scaled, mixtures, logs, e, SPEC, TILE)
         student = log_probability(scaled, logs, SPEC.normalized_edges[e].student_softmax, SPEC)
+        probability, with_eps, logarithm = teacher_row(
+            piece, scaled, mixtures, logs, student, e, SPEC, TILE
+        )
         gap = (logarithm - student) * LN2
-        if SPEC.normalized_edges[e].student_first:
+        if SPEC.normalized_edges[e].beta > 0:
+            of_student, pull = jensen_shannon(probability, logarithm, student, e, SPEC, TILE)
+            out = out + (of_student, pull)
+        elif SPEC.normalized_edges[e].student_first:
             pull = -tl.exp2(student)
             out = out + (pull * gap, pull)
         else:
@@ -181,20 +214,20 @@ def lane_normalized_sums(
     if TILE.splits > 1:
         first, end, tail = part_of_row(TILE)
         for chunk in range(first, end):
-            base = chunk * TILE.block
+            base = first_column(chunk, TILE)
             out = normalized_chunk(
                 out, inputs, row_state, rows, base, offsets, logs, 0, TILE.pieces, SPEC, TILE
             )
         if TILE.rest:
             for chunk in range(tail, TILE.whole + 1):
-                base = chunk * TILE.block
+                base = first_column(chunk, TILE)
                 out = normalized_chunk(
                     out, inputs, row_state, rows, base, offsets, logs, rest, rest_pieces, SPEC, TILE
                 )
     else:
         if TILE.whole:
             for chunk in range(TILE.whole):
-                base = chunk * TILE.block
+                base = first_column(chunk, TILE)
                 out = normalized_chunk(
                     out, inputs, row_state, rows, base, offsets, logs, 0, TILE.pieces, SPEC, TILE
                 )

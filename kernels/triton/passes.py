@@ -17,7 +17,9 @@ import triton.language as tl
 
 from fastokd.kernels.triton.columns import (
     FLOOR,
+    MASKED_LOSS,
     PAD,
+    first_column,
     lane_constants,
     log2,
     masked,
@@ -153,17 +155,40 @@ def added_chunk(
 
 
 @triton.jit
+def summed_value(x, SPEC: tl.constexpr):
+    """The summand of a sum of rows. Without label smoothing, the sums serve the first-order eps,
+    which is for the classes that exist.
+    """
+    if SPEC.label_smoothing > 0:
+        return x
+    else:
+        return tl.where(x > -MASKED_LOSS, x, 0.0)
+
+
+@triton.jit
 def external_product(piece, C: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
     """The summand of an external product at one piece."""
     probability = piece[SPEC.main.external_products[C].external]
+    student = piece[SPEC.main.external_products[C].student]
     if SPEC.main.external_products[C].eps > 0:
-        weight = probability + SPEC.main.external_products[C].eps
-        logarithm = log2(weight, TILE)
+        with_eps = probability + SPEC.main.external_products[C].eps
+        logarithm = log2(with_eps, TILE)
+        exists = (probability > FLOOR) | (student > -MASKED_LOSS)
+        weight = tl.where(exists, with_eps, 0.0)
     else:
         weight = probability
         logarithm = log2(tl.maximum(probability, FLOOR), TILE)
-    student = piece[SPEC.main.external_products[C].student]
     return weight * (logarithm - student * SPEC.main.external_products[C].factor)
+
+
+@triton.jit
+def error_of(piece, E: tl.constexpr, SPEC: tl.constexpr):
+    """The summand of a squared or absolute error at one piece."""
+    gap = piece[SPEC.main.errors[E].student] - piece[SPEC.main.errors[E].teacher]
+    if SPEC.main.errors[E].squared:
+        return gap * gap
+    else:
+        return tl.abs(gap)
 
 
 @triton.jit
@@ -179,7 +204,8 @@ def added_plain(
     TILE: tl.constexpr,
 ):
     """Plain sums after one more piece: products of a soft target y with the logits and the mass of
-    y (USE_TARGET); in the main pass also sums of rows, masses of external rows, external products.
+    y (USE_TARGET); in the main pass also sums of rows, masses of external rows, external products,
+    errors.
     """
     out = ()
     if USE_TARGET:
@@ -190,14 +216,16 @@ def added_plain(
     if PASS == MAIN_PASS:
         if SPEC.use_row_sums:
             for m in tl.static_range(tl.constexpr(SPEC.num_logits)):
-                out = out + (piece[m],)
+                out = out + (summed_value(piece[m], SPEC),)
         for n in tl.static_range(len(SPEC.main.summed_nodes)):
-            out = out + (piece[SPEC.main.summed_nodes[n]],)
+            out = out + (summed_value(piece[SPEC.main.summed_nodes[n]], SPEC),)
         if len(SPEC.main.external_products):
             for x in tl.static_range(tl.constexpr(SPEC.num_externals)):
                 out = out + (piece[SPEC.num_logits + x],)
         for c in tl.static_range(len(SPEC.main.external_products)):
             out = out + (external_product(piece, c, SPEC, TILE),)
+        for e in tl.static_range(len(SPEC.main.errors)):
+            out = out + (error_of(piece, e, SPEC),)
     sums = ()
     for i in tl.static_range(len(out)):
         sums = sums + (plain[i] + masked(out[i], 0.0, LIMIT, PIECE, TILE),)
@@ -247,12 +275,12 @@ def exact_maxima(
     first, end, tail = chunks_of_pass(one, TILE)
     for chunk in range(first, end):
         pieces = load_nodes(
-            inputs, row_state, rows, chunk * TILE.block, 0, TILE.pieces, SPEC, PASS, TILE
+            inputs, row_state, rows, first_column(chunk, TILE), 0, TILE.pieces, SPEC, PASS, TILE
         )
         maxima = raised_maxima(maxima, pieces, 0, SPEC, PASS, TILE)
     if TILE.rest:
         for chunk in range(tail, TILE.whole + 1):
-            base = chunk * TILE.block
+            base = first_column(chunk, TILE)
             pieces = load_nodes(
                 inputs, row_state, rows, base, TILE.rest, TILE.rest_pieces, SPEC, PASS, TILE
             )
@@ -282,7 +310,7 @@ def lane_sums(
     sums = (weighted, lane_constants(NUM_PLAIN, 0.0, TILE))
     first, end, tail = chunks_of_pass(one, TILE)
     for chunk in range(first, end):
-        base = chunk * TILE.block
+        base = first_column(chunk, TILE)
         sums = added_chunk(
             sums,
             offsets,
@@ -305,7 +333,7 @@ def lane_sums(
                 inputs,
                 row_state,
                 rows,
-                chunk * TILE.block,
+                first_column(chunk, TILE),
                 TILE.rest,
                 TILE.rest_pieces,
                 SPEC,

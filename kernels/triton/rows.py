@@ -12,10 +12,19 @@ import triton.language as tl
 
 from fastokd.graph import plan as _plan
 from fastokd.kernels.triton import spec as _spec
-from fastokd.kernels.triton.columns import PAD, load_chunk, masked, to_compute
+from fastokd.kernels.triton.columns import (
+    PAD,
+    load_chunk,
+    load_logits,
+    masked,
+    piece_columns,
+    set_at,
+    to_compute,
+)
 
 MIXTURE = tl.constexpr(_plan.MIXTURE)
 MINIMUM = tl.constexpr(_plan.MINIMUM)
+NON_TARGET = tl.constexpr(_plan.NON_TARGET)
 SELECTION = tl.constexpr(_plan.SELECTION)
 FIRST_PASS = tl.constexpr(_spec.FIRST_PASS)
 MAIN_PASS = tl.constexpr(_spec.MAIN_PASS)
@@ -80,7 +89,8 @@ def selected_row(rows, chosen, J: tl.constexpr, SPEC: tl.constexpr, PASS: tl.con
 @triton.jit
 def derived_rows(rows, row_state, SPEC: tl.constexpr, PASS: tl.constexpr):
     """Rows of all nodes from those of the logits and external rows: at one piece, or of any linear
-    function of rows. The rows of nodes that the pass skips are never read.
+    function of rows. The rows of nodes that the pass skips are never read. Those of non-target
+    nodes still have the label's class (``without_label``).
     """
     weights, label_logits, chosen = row_state
     for j in tl.static_range(len(SPEC.passes[PASS].nodes)):
@@ -91,6 +101,8 @@ def derived_rows(rows, row_state, SPEC: tl.constexpr, PASS: tl.constexpr):
             row = minimum_row(rows, label_logits, j, SPEC, PASS)
         elif SPEC.passes[PASS].nodes[j].kind == SELECTION:
             row = selected_row(rows, chosen, j, SPEC, PASS)
+        elif SPEC.passes[PASS].nodes[j].kind == NON_TARGET:
+            row = rows[SPEC.passes[PASS].nodes[j].inputs[0]]
         rows = rows + (row,)
     return rows
 
@@ -103,6 +115,15 @@ def linear_rows(values, weights, SPEC: tl.constexpr):
     for _x in tl.static_range(tl.constexpr(SPEC.num_externals)):
         values = values + (values[0],)
     return derived_rows(values, (weights, (), ()), SPEC, FIRST_PASS)
+
+
+@triton.jit
+def without_label(nodes, is_label, SPEC: tl.constexpr):
+    """The rows of all nodes at one piece, with the label's class removed from non-target nodes."""
+    for n in tl.static_range(len(SPEC.non_target)):
+        row = tl.where(is_label, PAD, nodes[SPEC.non_target[n]])
+        nodes = set_at(nodes, SPEC.non_target[n], row)
+    return nodes
 
 
 @triton.jit
@@ -131,11 +152,11 @@ def load_nodes(
     """The rows of all nodes in the chunk at column ``base``: a tuple of COUNT pieces, each a tuple
     of [R, L] by node.
     """
-    logits, externals, _target = inputs
+    logits, externals, target = inputs
     chunks = ()
     for m in tl.static_range(len(logits)):
         start = row_start(logits[m], rows, base, TILE.logit_strides[m][0], TILE.logit_strides[m][1])
-        chunks = chunks + (load_chunk(start, TILE.logit_strides[m][1], LIMIT, TILE),)
+        chunks = chunks + (load_logits(start, TILE.logit_strides[m][1], LIMIT, TILE),)
     for x in tl.static_range(len(externals)):
         start = row_start(
             externals[x], rows, base, TILE.external_strides[x][0], TILE.external_strides[x][1]
@@ -146,7 +167,12 @@ def load_nodes(
         piece = ()
         for m in tl.static_range(len(chunks)):
             piece = piece + (to_compute(chunks[m][p], TILE),)
-        out = out + (derived_rows(piece, row_state, SPEC, PASS),)
+        nodes = derived_rows(piece, row_state, SPEC, PASS)
+        if len(SPEC.non_target):
+            label = tl.load(target + rows * TILE.target_strides[0])
+            is_label = piece_columns(p, TILE) == (label - base).to(tl.int32)
+            nodes = without_label(nodes, is_label, SPEC)
+        out = out + (nodes,)
     return out
 
 

@@ -14,8 +14,14 @@ Glossary. ``kernels/cpu`` uses the same words (see ``program.hpp``).
   the two sums. An edge between two rows of logits needs no more than its moment.
 - *External edge*: an edge whose teacher is an external row.
 - *Normalized edge*: an edge that needs normalized probabilities, because its teacher is a
-  probability mixture or because an exact eps is added to the teacher's probabilities. It takes a
-  separate pass over the columns, after the sums are known.
+  probability mixture, because an exact eps is added to the teacher's probabilities, or because it
+  is a Jensen-Shannon divergence. It takes a separate pass over the columns, after the sums are
+  known.
+- *Non-target node*: a row of logits without the label's class.
+- *Target edge*: the KL divergence of the pairs (probability of the label, of all other classes) of
+  two rows of logits.
+- *Error*: the mean squared or absolute difference of two rows of logits.
+- *Output*: a term of the graph, the sum of one or two terms here, which name it ``term``.
 - *Statistics*: the values per row that the forward pass keeps for the backward pass.
 - *Pass*: one reading of all columns. The *main pass* takes the sums. The *first pass* runs before
   it where selections or minima need it, the *normalized pass* after it where edges need it.
@@ -25,7 +31,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from fastokd.graph.plan import MINIMUM, MIXTURE
+from fastokd.graph.plan import MINIMUM, MIXTURE, NON_TARGET
 from fastokd.kernels.triton.constant import Constant
 
 FIRST_PASS, MAIN_PASS, NORMALIZED_PASS = 0, 1, 2
@@ -34,7 +40,7 @@ SKIPPED = -1
 
 
 class DerivedNode(NamedTuple):
-    """A mixture, minimum or selection."""
+    """A mixture, minimum, selection or non-target node."""
 
     node: int
     kind: int
@@ -92,6 +98,19 @@ class ExternalProduct(NamedTuple):
     eps: float
 
 
+class Error(NamedTuple):
+    """An error between two rows of logits."""
+
+    term: int
+    scale: float
+    slope: float
+    """The scale of the gradient"""
+    student: int
+    teacher: int
+    teacher_learns: bool
+    squared: bool
+
+
 class Pass(NamedTuple):
     """One pass over the columns that takes maxima and sums of exponentials."""
 
@@ -102,6 +121,7 @@ class Pass(NamedTuple):
     external_products: tuple[ExternalProduct, ...] = ()
     summed_nodes: tuple[int, ...] = ()
     """Derived nodes whose values are summed over the classes"""
+    errors: tuple[Error, ...] = ()
 
 
 class CrossEntropyTerm(NamedTuple):
@@ -155,14 +175,31 @@ class NormalizedEdge(NamedTuple):
     student_softmax: int
     teacher: int
     teacher_softmax: int
-    """-1 if the teacher is a probability mixture"""
+    """-1 if the teacher is a row of probabilities"""
     teacher_learns: bool
     student_first: bool
     eps: float
     prob_mixture: int
-    """-1 if the teacher is a row of logits"""
+    """-1 if the teacher is another row"""
     first_product: int
     """Position of its first sum for the mixture's inputs among those of all edges"""
+    external: int
+    """-1 if the teacher is another row"""
+    beta: float
+    """Of a Jensen-Shannon divergence; 0 for others"""
+
+
+class TargetEdge(NamedTuple):
+    """A target edge. Nodes are the rows of logits, softmaxes those of their non-target nodes."""
+
+    term: int
+    scale: float
+    temperature: float
+    student: int
+    student_softmax: int
+    teacher: int
+    teacher_softmax: int
+    teacher_learns: bool
 
 
 class ProbMixture(NamedTuple):
@@ -204,11 +241,14 @@ class StatsLayout(NamedTuple):
     """Position of the chosen input, by selection"""
     external_masses: Span
     normalized: Span
-    """Value and mean of the teacher's side, by normalized edge"""
+    """Value and mean of the teacher's side, by normalized edge; of a Jensen-Shannon divergence the
+    parts of the student and the teacher"""
     prob_masses: Span
     """By probability mixture"""
     products: Span
     """By normalized edge from a probability mixture and its input"""
+    target_slopes: Span
+    """By target edge, for the student's and the teacher's logit of the label's probability"""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -236,6 +276,7 @@ class Spec(Constant):
     edges: tuple[Edge, ...]
     external_edges: tuple[ExternalEdge, ...]
     normalized_edges: tuple[NormalizedEdge, ...]
+    target_edges: tuple[TargetEdge, ...]
     prob_mixtures: tuple[ProbMixture, ...]
     selections: tuple[int, ...]
 
@@ -264,12 +305,13 @@ class Spec(Constant):
             2 * len(self.normalized_edges),
             len(self.prob_mixtures),
             sum(len(self.prob_mixtures[number].inputs) for number in mixtures),
+            2 * len(self.target_edges),
         )
         return StatsLayout(*(Span(sum(sizes[:k]), sum(sizes[: k + 1])) for k in range(len(sizes))))
 
     @property
     def num_stats(self) -> int:
-        return self.layout.products.stop
+        return self.layout.target_slopes.stop
 
     @property
     def first_external_sum(self) -> int:
@@ -277,12 +319,27 @@ class Spec(Constant):
         return self.num_logits * self.use_row_sums + len(self.main.summed_nodes)
 
     @property
-    def num_plain(self) -> int:
-        """Number of plain sums of the main pass: of rows, then masses of external rows and
-        external products if there are any.
-        """
+    def first_error(self) -> int:
+        """Number of plain sums of the main pass before the errors."""
         products = len(self.main.external_products)
         return self.first_external_sum + (self.num_externals + products if products else 0)
+
+    @property
+    def num_plain(self) -> int:
+        """Number of plain sums of the main pass: of rows, then masses of external rows and
+        external products if there are any, then errors.
+        """
+        return self.first_error + len(self.main.errors)
+
+    @property
+    def use_target_coefs(self) -> bool:
+        """True if the label's logit has a gradient of its own."""
+        return bool(self.cross_entropies or self.target_edges)
+
+    @property
+    def non_target(self) -> tuple[int, ...]:
+        """The non-target nodes."""
+        return tuple(node.node for node in self.main.nodes if node.kind == NON_TARGET)
 
     @property
     def num_running_sums(self) -> int:
@@ -293,7 +350,7 @@ class Spec(Constant):
     @property
     def num_normalized(self) -> int:
         """Number of sums of the normalized pass."""
-        return self.num_stats - self.layout.normalized.start
+        return self.layout.products.stop - self.layout.normalized.start
 
     @property
     def num_weights(self) -> int:
@@ -305,8 +362,9 @@ class Spec(Constant):
 
     @cached_property
     def mixtures(self) -> tuple[DerivedNode, ...]:
-        """Mixtures of logits, each before its inputs."""
-        return tuple(node for node in reversed(self.first.nodes) if node.kind == MIXTURE)
+        """Mixtures of logits and non-target nodes, each before its inputs."""
+        kinds = MIXTURE, NON_TARGET
+        return tuple(node for node in reversed(self.first.nodes) if node.kind in kinds)
 
     def input_learns(self, mixture: int, position: int) -> bool:
         """True if a gradient flows through an input of a probability mixture."""

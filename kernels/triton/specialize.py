@@ -7,10 +7,14 @@ from fastokd.graph.plan import (
     CROSS_ENTROPY,
     EPS_EXACT,
     EPS_FIRST_ORDER,
+    JENSEN_SHANNON,
     MINIMUM,
+    NON_TARGET,
     PROBABILITY_MIXTURE,
     SELECTION,
+    SQUARED_ERROR,
     STUDENT_FIRST,
+    TARGET_KL,
     Plan,
     PlanTerm,
 )
@@ -19,6 +23,7 @@ from fastokd.kernels.triton.spec import (
     CrossEntropyTerm,
     DerivedNode,
     Edge,
+    Error,
     ExternalEdge,
     ExternalProduct,
     Moment,
@@ -28,6 +33,7 @@ from fastokd.kernels.triton.spec import (
     ScaledNode,
     Softmax,
     Spec,
+    TargetEdge,
 )
 
 LOG2E = math.log2(math.e)
@@ -42,6 +48,8 @@ def _softmax_temperatures(plan: Plan) -> _Temperatures:
     temperatures: _Temperatures = {}
     mixtures = set()
     for term in plan.terms:
+        if term.kind >= SQUARED_ERROR:
+            continue
         temperatures.setdefault(term.student, set()).add(term.temperature)
         if term.kind != CROSS_ENTROPY:
             if not plan.is_probability(term.teacher):
@@ -86,6 +94,8 @@ class _Builder:
         self.edges: list[Edge] = []
         self.external_edges: list[ExternalEdge] = []
         self.normalized_edges: list[NormalizedEdge] = []
+        self.target_edges: list[TargetEdge] = []
+        self.errors: list[Error] = []
         self.prob_mixtures: list[ProbMixture] = []
         self.moments: list[Moment] = []
         self.external_moments: list[Moment] = []
@@ -93,17 +103,28 @@ class _Builder:
         self.summed_nodes: set[int] = set()
         self.learning: set[int] = set()
         self.num_products = 0
-        for number, term in enumerate(plan.terms):
-            self._add(number, term)
+        for term in plan.terms:
+            self._add(term.output, term)
 
     def _add(self, number: int, term: PlanTerm) -> None:
+        if term.kind >= SQUARED_ERROR:
+            pair, squared = (term.student, term.teacher), term.kind == SQUARED_ERROR
+            slope = term.scale * (2.0 if squared else 1.0)
+            self.errors.append(Error(number, term.scale, slope, *pair, not term.detach, squared))
+            return
         student = self.index[term.student, term.temperature]
         self.learning.add(student)
         if term.kind == CROSS_ENTROPY:
             self.cross_entropies.append(CrossEntropyTerm(number, term.student, student))
-        elif self.plan.is_external(term.teacher):
+        elif term.kind == TARGET_KL:
+            self._add_target(number, term)
+        elif self.plan.is_external(term.teacher) and term.direction != JENSEN_SHANNON:
             self._add_external(number, term)
-        elif self.plan.is_probability(term.teacher) or self._exact_eps(term):
+        elif (
+            term.direction == JENSEN_SHANNON
+            or self.plan.is_probability(term.teacher)
+            or self._exact_eps(term)
+        ):
             self._add_normalized(number, term)
         else:
             self._add_edge(number, term)
@@ -111,6 +132,26 @@ class _Builder:
     @staticmethod
     def _exact_eps(term: PlanTerm) -> float:
         return term.eps if term.eps_mode == EPS_EXACT else 0.0
+
+    def _add_target(self, number: int, term: PlanTerm) -> None:
+        teacher = self.index[term.teacher, term.temperature]
+        if not term.detach:
+            self.learning.add(teacher)
+        inputs = [
+            self.nodes[k - self.plan.first_derived].inputs for k in (term.student, term.teacher)
+        ]
+        self.target_edges.append(
+            TargetEdge(
+                term=number,
+                scale=term.scale,
+                temperature=term.temperature,
+                student=inputs[0][0],
+                student_softmax=self.index[term.student, term.temperature],
+                teacher=inputs[1][0],
+                teacher_softmax=teacher,
+                teacher_learns=not term.detach,
+            )
+        )
 
     def _add_external(self, number: int, term: PlanTerm) -> None:
         student = self.index[term.student, term.temperature]
@@ -145,7 +186,9 @@ class _Builder:
 
     def _add_normalized(self, number: int, term: PlanTerm) -> None:
         plan = self.plan
-        from_mixture = plan.is_probability(term.teacher)
+        from_external = plan.is_external(term.teacher)
+        from_mixture = plan.is_probability(term.teacher) and not from_external
+        from_logits = not (from_external or from_mixture)
         mixture = self._prob_mixture(term.teacher) if from_mixture else -1
         self.normalized_edges.append(
             NormalizedEdge(
@@ -155,12 +198,14 @@ class _Builder:
                 student=term.student,
                 student_softmax=self.index[term.student, term.temperature],
                 teacher=term.teacher,
-                teacher_softmax=-1 if from_mixture else self.index[term.teacher, term.temperature],
+                teacher_softmax=self.index[term.teacher, term.temperature] if from_logits else -1,
                 teacher_learns=not term.detach,
                 student_first=term.direction == STUDENT_FIRST,
                 eps=self._exact_eps(term),
                 prob_mixture=mixture,
                 first_product=self.num_products,
+                external=term.teacher if from_external else -1,
+                beta=term.beta,
             )
         )
         if not from_mixture:
@@ -231,6 +276,7 @@ class _Builder:
             tuple(self.moments + self.external_moments),
             tuple(self.external_products),
             tuple(sorted(self.summed_nodes)),
+            tuple(self.errors),
         )
 
     def numbered_external_edges(self) -> tuple[ExternalEdge, ...]:
@@ -260,13 +306,16 @@ def specialize(plan: Plan) -> Spec:
         num_terms=plan.num_terms,
         label_smoothing=plan.label_smoothing,
         widths=plan.weight_widths,
-        use_label_logits=bool(builder.cross_entropies or has_minimum or candidates),
+        use_label_logits=bool(
+            builder.cross_entropies or builder.target_edges or has_minimum or candidates
+        ),
         use_row_sums=plan.label_smoothing > 0 or any(edge.eps for edge in builder.edges),
         passes=(first, builder.main_pass()),
         cross_entropies=tuple(builder.cross_entropies),
         edges=tuple(builder.edges),
         external_edges=builder.numbered_external_edges(),
         normalized_edges=tuple(builder.normalized_edges),
+        target_edges=tuple(builder.target_edges),
         prob_mixtures=tuple(builder.prob_mixtures),
         selections=tuple(j for j, node in enumerate(plan.nodes) if node.kind == SELECTION),
     )
@@ -286,7 +335,8 @@ def _derived_nodes(plan: Plan) -> tuple[DerivedNode, ...]:
                 node.kind,
                 node.inputs,
                 first_weight,
-                node.constants,
+                # A non-target node passes its gradient on like a mixture of one input.
+                (1.0,) if node.kind == NON_TARGET else node.constants,
                 selection,
             )
         )

@@ -100,6 +100,10 @@ class Tile(Constant):
             order = tuple(2 * k for k in order) + tuple(2 * k + 1 for k in order)
         return order
 
+    def has_pairs(self, stride: int, limit: int) -> bool:
+        """True if columns of this stride, ``limit`` of them (0: all), are loaded two per word."""
+        return bool(self.vector) and int(stride) == 1 and int(limit) % 2 == 0
+
     def masks(self, limit: int, piece: int) -> bool:
         """True if a piece of a chunk of ``limit`` columns (0: all) has columns beyond the row."""
         limit, piece = int(limit), int(piece)

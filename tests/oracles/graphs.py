@@ -11,11 +11,15 @@ import numpy as np
 
 from oracles.rows import (
     Array,
+    absolute,
     complex_step,
     cross_entropy,
+    decoupled,
+    jensen_shannon,
     kl,
     log_softmax,
     softmax,
+    standardized,
     stop,
     target_rows,
 )
@@ -41,6 +45,8 @@ def _row(
                 for row, known in zip(rows, external, strict=True)
             ]
         return sum(factors[:, k : k + 1] * row for k, row in enumerate(rows))
+    if kind == "Standardized":
+        return standardized(rows[0])
     rows = [stop(row) for row in rows]
     if kind == "MinLogit":
         y = target_rows(target, rows[0].shape[1])
@@ -63,19 +69,33 @@ def _term(
         )
     teacher = _row(graph, term.teacher, given, weights, target)
     teacher = stop(teacher) if term.detach else teacher
-    log_q = log_softmax(_row(graph, term.student, given, weights, target), term.temperature)
+    student = _row(graph, term.student, given, weights, target)
+    kind = type(term).__name__
+    if kind == "MSE":
+        return ((student - teacher) ** 2).mean(1)
+    if kind == "L1":
+        return absolute(student - teacher).mean(1)
+    scale = term.temperature**2 if term.t2_scaling else 1.0
+    if kind == "DKD":
+        options = term.temperature, term.alpha, term.beta
+        return scale * decoupled(teacher, student, target, *options)
+    log_q = log_softmax(student, term.temperature)
     if _kind(graph, term.teacher) in ("External", "ProbabilityMixture"):
         p, log_p = teacher, np.log(teacher)
     else:
         log_p = log_softmax(teacher, term.temperature)
         p = np.exp(log_p)
+    if kind == "JensenShannon":
+        return scale * jensen_shannon(p, log_p, log_q, term.beta)
     if term.direction == "student_first":
         value = kl(np.exp(log_q), log_q, log_p)
+    elif term.direction == "symmetric":
+        value = (kl(p, log_p, log_q) + kl(np.exp(log_q), log_q, log_p)) / 2
     elif term.eps and term.eps_mode == "first_order":
         value = kl(p, log_p, log_q) + term.eps * (1 + log_p - log_q).sum(1)
     else:
         value = kl(p, log_p, log_q, term.eps)
-    return value * (term.temperature**2 if term.t2_scaling else 1.0)
+    return value * scale
 
 
 def evaluate(

@@ -48,6 +48,45 @@ def kl(p: Array, log_p: Array, log_q: Array, eps: float = 0.0) -> Array:
     return (p * (log_p - log_q)).sum(axis=1)
 
 
+def jensen_shannon(p: Array, log_p: Array, log_q: Array, beta: float) -> Array:
+    """``beta KL(p || m) + (1 - beta) KL(q || m)`` with ``m = beta p + (1 - beta) q``."""
+    q = np.exp(log_q)
+    log_m = np.log(beta * p + (1 - beta) * q)
+    return beta * kl(p, log_p, log_m) + (1 - beta) * kl(q, log_q, log_m)
+
+
+def decoupled(
+    teacher: Array, student: Array, labels: Array, temperature: float, alpha: float, beta: float
+) -> Array:
+    """``alpha TCKD + beta NCKD`` of two rows of logits, without T^2: the KL divergences of
+    (p_label, 1 - p_label), and of the probabilities of the other classes divided by their sum.
+    """
+    if teacher.shape[1] == 1:
+        return np.zeros(len(teacher))
+    p, q = softmax(teacher, temperature), softmax(student, temperature)
+    is_label = np.eye(p.shape[1], dtype=bool)[labels]
+
+    def parts(rows: Array) -> tuple[Array, Array]:
+        others = rows[~is_label].reshape(len(rows), -1)
+        total = others.sum(axis=1, keepdims=True)
+        return np.concatenate([rows[is_label][:, None], total], axis=1), others / total
+
+    (pair_p, rest_p), (pair_q, rest_q) = parts(p), parts(q)
+    target = kl(pair_p, np.log(pair_p), np.log(pair_q))
+    return alpha * target + beta * kl(rest_p, np.log(rest_p), np.log(rest_q))
+
+
+def absolute(x: Array) -> Array:
+    """|x|, whose derivative at 0 is 0."""
+    return np.where(np.real(x) > 0, x, np.where(np.real(x) < 0, -x, 0.0))
+
+
+def standardized(z: Array) -> Array:
+    """``(z - mean) / std`` of each row."""
+    centered = z - z.mean(axis=1, keepdims=True)
+    return centered / np.sqrt((centered**2).mean(axis=1, keepdims=True))
+
+
 def distill(
     teacher: Array, student: Array, temperature: float, eps: float = 0.0, detach: bool = False
 ) -> Array:

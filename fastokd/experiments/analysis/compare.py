@@ -397,9 +397,10 @@ def _difference_table(comparison: Comparison) -> Table:
         *dict.fromkeys(mixed),
         *(reason.format("; ".join(each)) for reason, each in missing.items()),
     ]
-    head = ("runs", "difference, equal epochs", "p", "difference, equal compute", "p")
+    kinds = ("equal epochs", "equal compute")
+    head = [name for kind in kinds for name in (f"difference, {kind}", f"p, {kind}")]
     title = "Differences of the students' last errors from the same network alone"
-    return Table(title, (*head, "epochs alone"), tuple(rows), tuple(notes))
+    return Table(title, ("runs", *head, "epochs alone"), tuple(rows), tuple(notes))
 
 
 def difference_cells(test: PairedTest | None, is_reference: bool) -> tuple[str, str]:
@@ -428,6 +429,12 @@ def _missing_reference(row: Row, rows: Sequence[Row]) -> str:
     )
 
 
+def _milliseconds(seconds: float) -> str:
+    """Three significant digits without an exponent."""
+    value = 1000 * seconds
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _student_table(comparison: Comparison) -> Table:
     kinds = list(dict.fromkeys(kind for row in comparison.rows for kind in row.latencies))
     rows = []
@@ -446,7 +453,7 @@ def _student_table(comparison: Comparison) -> Table:
             column = f"{_DEVICES[device]}, batch {size}, ms"
             latency = row.latencies.get((device, size))
             unknown = "no memory" if (device, size) in row.latencies else "-"
-            cells[column] = f"{1000 * latency.seconds:.3g}" if latency else unknown
+            cells[column] = _milliseconds(latency.seconds) if latency else unknown
         rows.append(cells)
     counts = [each.repeats for row in comparison.rows for each in row.latencies.values() if each]
     repeats = sorted({min(counts, default=0), max(counts, default=0)})

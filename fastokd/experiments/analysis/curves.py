@@ -9,6 +9,7 @@ from typing import Any
 from fastokd.experiments.analysis.figures import (
     FigureFiles,
     encoded,
+    label_log_axis,
     label_of,
     panel_grid,
     require_matplotlib,
@@ -57,7 +58,9 @@ def row_figures(groups: Groups, title: str, formats: Sequence[str]) -> Iterator[
         formats: "png", "svg".
     """
     for panel in _rows(groups):
-        yield _figure(panel.title, title, panel.title, [panel], groups, formats, unit=_ACCURACY)
+        yield _figure(
+            panel.title, title, panel.title, [panel], groups, formats, unit=_ACCURACY, small=True
+        )
 
 
 def overview_figures(groups: Groups, title: str, formats: Sequence[str]) -> Iterator[FigureFiles]:
@@ -126,12 +129,15 @@ def _figure(
     unit: str = "",
     share_scale: bool = False,
     from_zero: bool = False,
+    small: bool = False,
 ) -> FigureFiles:
+    """Draw panels side by side, in figures of one width, so that a page shows all texts alike; a
+    ``small`` figure has one panel without a title.
+    """
     plt = require_matplotlib()
-    single = len(panels) == 1
     columns = min(3 if len(panels) <= 6 else 4, len(panels))
     lines = -(-len(panels) // columns)
-    width, height = (6.0, 4.0) if single else (4.0 * columns, 3.0 * lines)
+    width, height = (6.0, 4.0) if small else (12.0, {3: 3.0, 4: 2.6}.get(columns, 3.4) * lines)
     size = width, height + 0.2 * len(groups)
     figure, grid = panel_grid(plt, len(panels), columns, size, sharex=True, sharey=share_scale)
     last_values, handles = [], {}
@@ -141,14 +147,14 @@ def _figure(
         axes.set_ylabel("" if index % columns else unit)
         if from_zero:
             axes.set_ylim(bottom=0)
-        if not single:
+        if not small:
             axes.set_title(panel.title, fontsize="medium")
         if index + columns >= len(panels):
             axes.set_xlabel("epoch")
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles[label] = handle
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize="small")
-    figure.suptitle(f"{title}: {shows}", fontsize="medium" if single else "large", wrap=True)
+    figure.suptitle(f"{title}: {shows}", fontsize="medium" if small else "large", wrap=True)
     description = f"{title}: {shows}. Last values: {'; '.join(last_values)}."
     return FigureFiles(name, shows, description, encoded(plt, figure, formats))
 
@@ -183,6 +189,7 @@ def _draw_panel(axes: Any, groups: Groups, panel: _Panel) -> list[str]:
     drawn = (value for line in axes.get_lines() for value in line.get_ydata())
     if panel.logarithmic and all(value > 0 for value in drawn):
         axes.set_yscale("log")
+        label_log_axis(axes.yaxis)
     axes.grid(alpha=0.3)
     axes.xaxis.get_major_locator().set_params(integer=True)
     return ends

@@ -103,6 +103,17 @@ def panel_grid(
     return figure, panels
 
 
+def label_log_axis(axis: Any) -> None:
+    """Label a logarithmic axis with plain numbers (1, 2 and 5 times the powers of ten): matplotlib
+    writes formulas, which ``require_matplotlib`` turns off.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def draw_heat_map(
     axes: Any,
     values: Sequence[Sequence[float | None]],

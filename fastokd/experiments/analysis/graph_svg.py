@@ -2,17 +2,20 @@
 
 import re
 from html import escape
+from typing import TypeAlias
 
-from fastokd.graph.draw import coefficient, definition, notes
+from fastokd.graph.draw import coefficient, definition, divergence, notes
 from fastokd.graph.graph import Graph
-from fastokd.graph.nodes import KL, CrossEntropy, Node
+from fastokd.graph.nodes import DKD, KL, L1, MSE, CrossEntropy, JensenShannon, Node
+
+_Edge: TypeAlias = KL | JensenShannon | DKD | MSE | L1
 
 _CHARACTER, _LINE, _PAD = 6.7, 16, 7
 """Width of a character, height of a line and padding of text, in pixels."""
 _ACROSS, _DOWN = 80, 22
 """Space between columns and between the boxes of a column."""
 _COLORS = ("#d9730d", "#0f7b6c", "#6940a5", "#ad1a72", "#0b6e99", "#937264")
-"""Colors of the kinds of KL terms, distinguishable on white and on black."""
+"""Colors of the kinds of terms between rows, distinguishable on white and on black."""
 
 
 class _Box:
@@ -41,7 +44,7 @@ def draw_svg(graph: Graph) -> str:
     """
     boxes = {node.name: _Box(graph, node) for node in graph.ordered}
     _place(graph, boxes)
-    edges = [term for term in graph.terms if isinstance(term, KL)]
+    edges = [term for term in graph.terms if not isinstance(term, CrossEntropy)]
     kinds = list(dict.fromkeys(_kind(term) for term in edges))
     colors = {kind: _COLORS[index % len(_COLORS)] for index, kind in enumerate(kinds)}
     left = 30 + 22 * max((abs(_rows(boxes, term)) for term in edges), default=0)
@@ -95,12 +98,13 @@ def _mixing(graph: Graph, boxes: dict[str, _Box], style: str) -> list[str]:
     ]
 
 
-def _kind(term: KL) -> str:
-    """The legend of a KL term."""
-    return f"KL {coefficient(term)}, {notes(term)}"
+def _kind(term: _Edge) -> str:
+    """The legend of a term between a teacher and a student."""
+    label = f"{divergence(term)} {coefficient(term)}"
+    return ", ".join(filter(None, (label, notes(term))))
 
 
-def _rows(boxes: dict[str, _Box], term: KL) -> int:
+def _rows(boxes: dict[str, _Box], term: _Edge) -> int:
     """The number of boxes that a student is above its teacher; 0 in different columns."""
     teacher, student = boxes[term.teacher], boxes[term.student]
     if teacher.column != student.column:
@@ -130,7 +134,7 @@ def _place(graph: Graph, boxes: dict[str, _Box]) -> None:
         box.y -= top
 
 
-def _teaching(boxes: dict[str, _Box], term: KL, style: str) -> str:
+def _teaching(boxes: dict[str, _Box], term: _Edge, style: str) -> str:
     """The arrow from a teacher to its student, left of the column if they share one."""
     teacher, student = boxes[term.teacher], boxes[term.student]
     if teacher.column == student.column:

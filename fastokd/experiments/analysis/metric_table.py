@@ -24,6 +24,8 @@ def metric_tables(groups: Sequence[Group]) -> list[Table]:
         f" {ECE_BINS} bins of the confidence. Both at temperature 1."
     )
     title = "Top-5 accuracy, likelihood and calibration of the students, last epoch"
+    if "top5" not in shown:  # of at most five classes
+        title = "Likelihood and calibration of the students, last epoch"
     return [Table.of(title, rows, [note])] if shown else []
 
 

@@ -31,8 +31,8 @@ def report_page(groups: Sequence[Group], comparison: Comparison) -> str:
         section("Configurations", _configurations(groups)),
         section(
             "Over the epochs",
-            "<p>Of several seeds the line is the mean and the band the range. What is dotted only"
-            f" some of the runs have.</p>\n{curves}",
+            "<p>For several seeds, the line is the mean and the band is the range. In epochs that"
+            f" only some of the runs have finished, each run has a dotted line.</p>\n{curves}",
         ),
         *(analysis_section(run) for group in groups for run in group.runs),
     ]
@@ -53,7 +53,7 @@ def _configurations(groups: Sequence[Group]) -> str:
         return "<p>The configurations are the same but for the seed.</p>\n"
     head = ("field", *(group.label for group in groups))
     rows = tuple((name, *values) for name, values in differing.items())
-    return Table("What differs between the configurations", head, rows).as_html()
+    return Table("Differences of the configurations", head, rows).as_html()
 
 
 _OF_BRANCHES = {*fields_with_role(Role.TRAINED | Role.OF_METHOD)} - {"model", "method"}

@@ -193,6 +193,8 @@ def read_runs(paths: Sequence[Path]) -> list[Group]:
     defaults = {name: getattr(TrainConfig(), name) for name in SAME_RUN}
     for run in runs:
         kind = dataclasses.replace(run.config, **defaults)
+        if teacher := run.environment.get("teacher"):  # its file may have several paths
+            kind = dataclasses.replace(kind, teacher=teacher)
         by_seed = next((by_seed for other, by_seed in groups if other == kind), None)
         if by_seed is None:
             groups.append((kind, by_seed := {}))

@@ -1,5 +1,7 @@
-"""ONE, FFSD and AFID in the settings of the methods' published code, which differ from those of the
-papers that compare with them. The suffix ``-official`` marks these recipes.
+"""ONE, FFSD and AFID in the settings of the methods' published code.
+
+These differ from the settings of the papers that compare with them. The suffix ``-official`` marks
+these recipes.
 """
 
 from collections.abc import Iterator

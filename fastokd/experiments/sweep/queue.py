@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from fastokd.errors import EXIT_OK, EXIT_PREEMPTED, ConfigError
-from fastokd.storage import storage_error, write_text
+from fastokd.storage import storage_error, usable_cores, write_text
 from fastokd.train.checkpoint import checkpoint_files
 from fastokd.train.config import TrainConfig
 from fastokd.train.distributed import choose_device
@@ -149,7 +149,7 @@ class Queue:
         self._seconds: list[float] = []  # of the finished runs
         self._signal, self._signaled, self._kill = "", 0.0, False
         at_once = max(1, min(len(self._waiting), len(self._free)))
-        self._threads = str(max(1, len(os.sched_getaffinity(0)) // at_once))
+        self._threads = str(max(1, usable_cores() // at_once))
 
     def run(self, write: Write = lambda failed: None) -> Outcome:
         """Run them all. If a run fails, the others continue; a signal lets the runs save and stops

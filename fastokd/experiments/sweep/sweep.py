@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from fastokd.experiments.sweep import grid, results
 from fastokd.experiments.sweep.equal_compute import equal_compute_record, equal_compute_table
 from fastokd.experiments.sweep.grid import Point, Values, short
 from fastokd.experiments.sweep.plan import Plan, Record, Results, check_seeds, plan_runs
+from fastokd.train.batches import small_data_defaults
 from fastokd.train.config import TrainConfig, override
 
 
@@ -107,6 +108,18 @@ def plan_sweep(
         values=values,
         points=points,
     )
+
+
+def fit_small_data(plan: Sweep) -> tuple[Sweep, str]:
+    """The sweep with the defaults of ``fastokd train`` for few images, and a line about it or "".
+    Its data are opened.
+    """
+    dataset = plan.dataset(plan.points[0].config)
+    base, line = small_data_defaults(plan.base, len(dataset.train))
+    if not line:
+        return plan, ""
+    fitted = plan_sweep(base, plan.recipe, plan.values, plan.seeds, plan.out)
+    return replace(fitted, _opened=plan._opened), line
 
 
 @dataclass(frozen=True)
