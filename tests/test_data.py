@@ -462,6 +462,7 @@ class TestRegistry:
             "digits",
             "folder",
             "idx",
+            "parquet",
             "svhn",
             "webdataset",
         ]

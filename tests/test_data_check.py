@@ -239,7 +239,7 @@ class TestOtherLayouts:
             report.write_clean(tmp_path / "list.csv")
 
     def test_check_without_images_is_refused(self, tmp_path):
-        with pytest.raises(DataError, match="no images there"):
+        with pytest.raises(DataError, match=r"no train/ \(found no folders\)"):
             check.check_dataset(tmp_path)
         with pytest.raises(DataError, match="digits is not made of image files"):
             check.check_dataset("digits")

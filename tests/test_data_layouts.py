@@ -380,6 +380,7 @@ class TestCsv:
         ],
     )
     def test_csv_error_names_line(self, tmp_path, content, message):
+        put(tmp_path / "a.png")
         (tmp_path / "list.csv").write_text(content)
         refused(tmp_path / "list.csv", message, list_files)
 

@@ -234,7 +234,6 @@ def test_copy_is_made_once_and_follows_changes(data, tmp_path, monkeypatch):
 
 def test_without_a_cache_the_copy_is_temporary(data, monkeypatch):
     monkeypatch.setenv("FASTOKD_CACHE", "off")
-    monkeypatch.setattr("fastokd.data.parquet._temporary", [])
     opened = open_dataset(data)
     assert len(opened.train) == 8
 

@@ -208,7 +208,7 @@ CRASH = "a file may crash the decoder: 'fastokd data check DATA' finds it"
 )
 def test_lost_worker_is_explained_by_its_end(tmp_path, monkeypatch, end, reason, fix):
     split = write_split(tmp_path, 4)
-    monkeypatch.setattr(torchvision_loader, "decode_rgb", lambda data: end())
+    monkeypatch.setattr(torchvision_loader, "decode_rgb", lambda *_: end())
     options = TorchvisionOptions(workers=1, start_method="fork", timeout=2)
     with pytest.raises(DataError) as raised:
         list(torchvision(split, 2, False, options=options))

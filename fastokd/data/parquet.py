@@ -6,6 +6,7 @@ cache, where an image is a byte range as in a tar shard.
 """
 
 import atexit
+import functools
 import hashlib
 import json
 import os
@@ -256,18 +257,17 @@ def _copied(opened: Any, path: Path, column: str) -> tuple[Path, Sequence[int], 
     return copy, sizes, names
 
 
-_temporary: list[str] = []
-
-
 def _folder() -> Path:
     """The folder of the copies: in the cache, or one for this process if the cache is off."""
     cache = cache_folder()
-    if cache is not None:
-        return cache / "parquet"
-    if not _temporary:
-        _temporary.append(tempfile.mkdtemp(prefix="fastokd-parquet-"))
-        atexit.register(shutil.rmtree, _temporary[0], True)
-    return Path(_temporary[0])
+    return _temporary_folder() if cache is None else cache / "parquet"
+
+
+@functools.cache
+def _temporary_folder() -> Path:
+    folder = tempfile.mkdtemp(prefix="fastokd-parquet-")
+    atexit.register(shutil.rmtree, folder, True)
+    return Path(folder)
 
 
 def _hidden(table: Table) -> bool:

@@ -482,7 +482,7 @@ ADDED = (
     *("weights", "pretrained", "branch_init"),
     *("decay", "trunk_lr", "head_lr", "layer_decay", "freeze_epochs", "head_epochs"),
     *("auto_augment", "auto_augment_options", "color_jitter", "random_erasing"),
-    *("label_smoothing", "normalization", "drop_path", "branch_views"),
+    *("label_smoothing", "normalization", "drop_path", "branch_views", "background"),
 )
 """Fields that earlier versions did not have."""
 
