@@ -17,6 +17,7 @@ from fastokd.graph import (
     Mixture,
     Node,
     ProbabilityMixture,
+    Standardized,
     Term,
 )
 
@@ -39,9 +40,11 @@ def _draw_weights(draw: st.DrawFn, count: int, widths: dict[str, int]) -> str | 
 
 
 @st.composite
-def random_graphs(draw: st.DrawFn) -> Graph:
+def random_graphs(draw: st.DrawFn, with_standardized: bool = False) -> Graph:
     """1 to 4 logits rows, up to 2 external rows, up to 4 derived nodes (mixtures of mixtures among
     them), 1 to 6 terms.
+
+    Standardized rows need weights that ``GraphLoss`` computes, which executors alone do not.
     """
     learning: list[Node] = [Logits(f"z{k}") for k in range(draw(st.integers(1, 4)))]
     externals: list[Node] = [External(f"x{k}") for k in range(draw(st.integers(0, 2)))]
@@ -62,6 +65,9 @@ def random_graphs(draw: st.DrawFn) -> Graph:
             )
         else:
             teachers.append(kind(f"n{k}", inputs))
+    if with_standardized:
+        sources = draw(st.lists(st.sampled_from(learning), max_size=2, unique=True))
+        learning += [Standardized(f"s{k}", node.name) for k, node in enumerate(sources)]
     everything = [*learning, *externals, *teachers]
     terms: dict[str, Term] = {}
     for _ in range(draw(st.integers(1, 6))):
@@ -74,10 +80,13 @@ def random_graphs(draw: st.DrawFn) -> Graph:
             constant = isinstance(teacher, _CONSTANT_TEACHERS)
             probabilities = isinstance(teacher, (External, ProbabilityMixture))
             between_logits = teacher in learning
+            pair_nodes = (teacher, student)
+            has_means = not any(isinstance(node, Standardized) for node in pair_nodes)
             # A mixture may equal its input but for rounding, which decides the sign that L1 has.
             between_branches = isinstance(teacher, Logits) and isinstance(student, Logits)
             detach = constant or draw(st.booleans())
-            kinds = ["js", *["dkd", "mse"] * between_logits, *["l1"] * between_branches]
+            kinds = ["js", *["dkd"] * between_logits, *["mse"] * (between_logits and has_means)]
+            kinds += ["l1"] * between_branches
             kind = draw(st.sampled_from(["kl"] * 6 + kinds))
             pair = teacher.name, student.name, weight
             options = {"detach": detach, "scheduled": scheduled}

@@ -273,7 +273,17 @@ def test_replace_changes_terms_and_drops_nodes_without_one() -> None:
         graph.replace(lambda _term: None)
 
 
-def test_a_graph_with_another_divergence_keeps_weights_and_temperatures() -> None:
+def test_replace_drops_a_frozen_teacher_without_a_term() -> None:
+    taught = pair(KL("b", "a")).with_teacher("a")
+    assert taught.replace(lambda term: None if "teacher" in term.name else term) == pair(
+        KL("b", "a")
+    )
+    standardized = with_divergence(taught, standardize=True)
+    again = with_divergence(standardized, "js", standardize=True)
+    assert (again.nodes, again.teacher) == (standardized.nodes, "teacher")
+
+
+def test_other_divergence_keeps_weights_and_temperatures() -> None:
     graph = Graph(
         "g",
         (A, B, X),
@@ -379,9 +389,11 @@ def test_drawings_name_every_divergence() -> None:
 @pytest.mark.parametrize(
     ("term", "message"),
     [
-        (JensenShannon("b", "a", beta=0.0), "term 'js/b->a' has beta=0.0; it must be between 0"),
+        (JensenShannon("b", "a", beta=0.0), "term 'js/b->a' has beta=0.0; it must be above 0"),
         (JensenShannon("b", "a", beta=1.0), "beta=1.0"),
         (JensenShannon("b", "a", beta=math.nan), "beta=nan"),
+        (JensenShannon("b", "a", beta="x"), "beta='x'; it must be above 0 and below 1"),
+        (DKD("b", "a", alpha="x"), "term 'dkd/b->a' has alpha='x'; it must be finite"),
         (JensenShannon("x", "a"), "external node 'x' is a constant; set detach=True"),
         (JensenShannon("b", "a", temperature=0.0), "temperature=0.0"),
         (DKD("b", "a", alpha=-1.0), "term 'dkd/b->a' has alpha=-1.0; it must be finite"),

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from graph_catalog import make_inputs
 from graph_strategy import random_graphs
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fastokd.graph import Graph
 from fastokd.losses import AFIDLoss, AHBFLoss, BaselineLoss, DMLLoss, GraphLoss, KDCLLoss
 from fastokd.losses.dense import DenseLayout
+from fastokd.losses.row_weights import weigh_rows
 
 EXECUTORS = ("reference", "cpu")
 BATCH, CLASSES, BRANCHES = 12, 5, 3
@@ -173,22 +175,31 @@ def test_ignored_row_with_masked_class_stays_finite(impl: str) -> None:
     close(ours, F.cross_entropy(logits, target))
 
 
-@settings(max_examples=25, deadline=None)
-@given(graph=random_graphs())
-def test_random_graph_ignores_masked_rows(graph: Graph) -> None:
+@settings(max_examples=40, deadline=None)
+@given(
+    graph=random_graphs(with_standardized=True),
+    reduction=st.sampled_from(("mean", "sum")),
+    dense=st.booleans(),
+)
+def test_random_graph_ignores_masked_rows(graph: Graph, reduction: Any, dense: bool) -> None:
+    """Against the loss of each row that counts; dense logits are the same rows at 2 x 3 places."""
     inputs = make_inputs(graph, batch=6, num_classes=4, dtype=torch.float64)
     counted = [0, 2, 5]
     masked = torch.full_like(inputs.target, -100)
     masked[counted] = inputs.target[counted]
     weight = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.0, 3.0], dtype=torch.float64)
+
+    def place(value: Tensor) -> Tensor:
+        placed = value.reshape(2, 3, *value.shape[1:]) if dense else value
+        return placed.movedim(2, 1) if placed.dim() == 3 else placed
+
     for impl in EXECUTORS:
-        criterion = GraphLoss(graph, impl=impl, reduction="sum")
-        ours = criterion(
-            inputs.logits,
-            masked,
-            weights=inputs.weights,
-            externals=inputs.externals,
-            sample_weight=weight,
+        ours = GraphLoss(graph, impl=impl, reduction=reduction)(
+            [place(row) for row in inputs.logits],
+            place(masked),
+            weights={name: place(value) for name, value in inputs.weights.items()},
+            externals={name: place(value) for name, value in inputs.externals.items()},
+            sample_weight=place(weight),
         )
         by_row = GraphLoss(graph, impl=impl, reduction="none")(
             [row[counted] for row in inputs.logits],
@@ -197,11 +208,14 @@ def test_random_graph_ignores_masked_rows(graph: Graph) -> None:
             externals={name: value[counted] for name, value in inputs.externals.items()},
         )
         expected = (by_row * weight[counted]).sum()
+        if reduction == "mean":
+            expected = expected / weight[counted].sum()
         leaves = inputs.leaves()
-        found = torch.autograd.grad(ours, leaves, allow_unused=True, materialize_grads=True)
-        truth = torch.autograd.grad(expected, leaves, allow_unused=True, materialize_grads=True)
+        options: Any = {"allow_unused": True, "materialize_grads": True}
+        grads = torch.autograd.grad(ours, leaves, **options)
+        truth = torch.autograd.grad(expected, leaves, **options)
         torch.testing.assert_close(
-            (ours.detach(), *found), (expected.detach(), *truth), rtol=1e-9, atol=1e-10
+            (ours.detach(), *grads), (expected.detach(), *truth), rtol=1e-9, atol=1e-10
         )
 
 
@@ -273,6 +287,44 @@ def test_dense_rows_have_names_in_their_layout() -> None:
     close(named["ensemble"], torch.stack(logits).mean(0).detach())
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_one_position_equals_rows(impl: str, last: bool) -> None:
+    logits, scores = ahbf_inputs()
+    target = labels(BATCH)
+    dim = 1 if last else 2
+    criterion = AHBFLoss(BRANCHES, impl=impl, class_dim=-1 if last else 1)
+    ours = criterion(
+        [row.unsqueeze(dim) for row in logits],
+        target.unsqueeze(1),
+        scores=[each.unsqueeze(dim) for each in scores],
+    )
+    leaves = [*logits, *scores]
+    expected = AHBFLoss(BRANCHES, impl=impl)(logits, target, scores=scores)
+    close(loss_and_gradients(ours, leaves), loss_and_gradients(expected, leaves))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)])
+def test_empty_dense_batch_gives_zero(impl: str, shape: tuple[int, ...]) -> None:
+    batch, *positions = shape
+    logits = [torch.zeros(batch, CLASSES, *positions, requires_grad=True) for _ in range(2)]
+    for scores in (torch.zeros(batch, 2, *positions), torch.zeros(batch, 2)):
+        loss = AHBFLoss(2, impl=impl)(logits, labels(*shape), scores=[scores])
+        assert loss.item() == 0.0
+        loss.backward()
+    assert all(not row.grad.any() for row in logits)
+    named = AHBFLoss(2).named_logits(logits, scores=[scores])
+    assert named["ta2"].shape == logits[0].shape
+
+
+def test_dense_mixtures_have_the_layout_of_the_logits() -> None:
+    logits, scores = ahbf_inputs(2, 3)
+    criterion, target = AHBFLoss(BRANCHES), labels(BATCH, 2, 3)
+    mixed = criterion.mixtures(logits, scores=scores)["ta2"]
+    close(mixed, (scores[0][:, :1] * logits[1] + scores[0][:, 1:] * logits[0]).detach())
+    weights = criterion.mixing_weights(logits, target, scores=scores)["ta3"]
+    close(weights["branch3"], scores[1][:, 0].detach())
+
+
 def test_dense_teacher_equals_teacher_of_rows() -> None:
     logits, teacher = draw(2, CLASSES, 3), draw(2, CLASSES, 3, seed=5)
     target = labels(2, 3)
@@ -295,6 +347,16 @@ def test_compiled_loss_ignores_rows() -> None:
     close(loss_and_gradients(compiled(logits, target, scores=scores), [*logits, *scores]), expected)
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_compiled_loss_weighs_smoothed_classes(soft: bool) -> None:
+    logits, weight = draw(BATCH, CLASSES), torch.rand(CLASSES, dtype=torch.float64)
+    target = draw(BATCH, CLASSES, seed=3).softmax(1) if soft else labels(BATCH)
+    criterion = BaselineLoss(1, label_smoothing=0.1, class_weight=weight)
+    compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
+    expected = F.cross_entropy(logits, target, weight=weight, label_smoothing=0.1)
+    close(compiled([logits], target), expected)
+
+
 def test_solver_of_kdcl_does_not_see_ignored_labels(impl: str) -> None:
     logits = [draw(BATCH, CLASSES, seed=m).requires_grad_() for m in range(2)]
     target = labels(BATCH)
@@ -313,6 +375,26 @@ def test_loss_without_ignored_rows_keeps_its_bits() -> None:
     ours = AHBFLoss(BRANCHES)(logits, target, scores=scores)
     without = AHBFLoss(BRANCHES, ignore_index=None)(logits, target, scores=scores)
     assert torch.equal(ours, without)
+
+
+def test_class_weight_is_a_buffer_of_every_loss() -> None:
+    weight = torch.nn.Parameter(torch.rand(CLASSES))
+    for criterion in (BaselineLoss(1, class_weight=weight), AHBFLoss(2, class_weight=weight)):
+        assert torch.equal(criterion.class_weight, weight)
+        assert criterion.to(torch.float64).class_weight.dtype == torch.float64
+        assert (list(criterion.state_dict()), list(criterion.parameters())) == ([], [])
+    assert BaselineLoss(1).class_weight is None
+
+
+def test_label_out_of_range_is_nan_whatever_the_weights() -> None:
+    """On a GPU, where labels are not checked: the nearest class may have weight 0."""
+    logits, lowered = draw(4, CLASSES), BaselineLoss(1).lowered
+    weight = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0])
+    target = torch.tensor([0, 7, -3, 2])
+    rows = weigh_rows(lowered.plan, lowered.unsmoothed, logits, target, None, weight, None)
+    factors = rows.factors[:, 0].tolist()
+    assert (factors[0], factors[3]) == (0.0, 1.0)
+    assert rows.factors[1:3].isnan().all()
 
 
 # --- bad input
@@ -360,6 +442,36 @@ def _weight(*values: float) -> Tensor:
             r"sample_weight\[0\] is -2.0; it must be finite and at least 0",
         ),
         (lambda: BaselineLoss(1, class_dim=2), "class_dim=2; use 1"),
+        (
+            lambda: _call(BaselineLoss(1), sample_weight=torch.full((BATCH,), float("nan"))),
+            r"sample_weight\[0\] is nan; it must be finite and at least 0",
+        ),
+        (lambda: BaselineLoss(1, ignore_index=2.5), "ignore_index=2.5; it must be an integer"),
+        (lambda: BaselineLoss(1, ignore_index=True), "ignore_index=True; it must be an integer"),
+        (
+            lambda: BaselineLoss(1)(draw(2, 5, 3), labels(2, 3)),
+            "branch_logits holds 2 tensors; this loss needs 1",
+        ),
+        (
+            lambda: DMLLoss(2)([draw(2, 5, 3), draw(2, 5)], labels(2, 3)),
+            r"branch_logits\[1\] has the shape \(2, 5\); with these logits it must be \[2, K, 3\]",
+        ),
+        (
+            lambda: DMLLoss(2)([draw(2, 3, 5)] * 2, labels(2, 3)),
+            r"target has the shape \(2, 3\); labels must be \[2, 5\]; pass class_dim=-1 if",
+        ),
+        (
+            lambda: DMLLoss(2)([draw(2, 5, 3)] * 2, draw(2, 5).softmax(1)),
+            r"target has the shape \(2, 5\); with these logits it must be \[2, K, 3\]",
+        ),
+        (
+            lambda: AHBFLoss(2)([draw(2, 5, 3)] * 2, labels(2, 3), scores=[[0.5, 0.5]]),
+            r"scores\[0\] must be a floating tensor, got list",
+        ),
+        (
+            lambda: DMLLoss(2).add_teacher("branch1")([draw(2, 5)] * 2, labels(2), teacher=[1]),
+            "teacher must be a tensor, got list",
+        ),
         (
             lambda: DMLLoss(2)([draw(2, 5, 3)] * 2, labels(2, 4)),
             r"target has the shape \(2, 4\); labels must be \[2, 3\]",

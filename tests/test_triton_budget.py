@@ -258,6 +258,17 @@ def test_divergence_stays_within_instruction_budget(
         assert cost.per_column <= limit, (which, cost)
 
 
+def test_weights_of_rows_stay_within_the_instruction_budget() -> None:
+    """Ignored labels and sample weights: the weights of the terms differ from row to row."""
+    plan = cascade(4)
+    tile = replace(launch_tile(plan, 1024, 1000, "bf16"), weights_per_row=1)
+    for which in ("forward", "backward"):
+        cost = measure(compile_kernel(which, plan, tile, "bf16"), tile)
+        assert (cost.stack, cost.spills) == (0, 0), (which, cost)
+        assert cost.per_column <= MOST_PER_COLUMN[which, True], (which, cost)
+        assert cost.registers <= MOST_REGISTERS[which], (which, cost)
+
+
 def test_padded_rows_of_odd_length_are_loaded_as_vectors() -> None:
     cost = cost_of("forward", 2, 1024, 1001, "bf16", stride=1008)
     assert cost.vector_loads >= 2, cost

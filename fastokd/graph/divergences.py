@@ -1,6 +1,8 @@
 """Other divergences in the place of a graph's KL terms."""
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
+from typing import Any
 
 from fastokd.errors import GraphError, did_you_mean
 from fastokd.graph.graph import Graph
@@ -20,7 +22,8 @@ def with_divergence(
     beta: float | None = None,
     standardize: bool = False,
 ) -> Graph:
-    """The graph with another divergence in every KL term, with the same weights and temperatures.
+    """The graph with another divergence in every KL term, with the same weights, and the same
+    temperatures where the divergence has one.
 
     Args:
         graph: the distillation graph.
@@ -36,12 +39,15 @@ def with_divergence(
     _check(graph, divergence, {"alpha": alpha, "beta": beta})
     if divergence == "kl" and not standardize:
         return graph
-    given = {name: value for name, value in (("alpha", alpha), ("beta", beta)) if value is not None}
+    parameters = {"alpha": alpha, "beta": beta}
+    parameters = {name: value for name, value in parameters.items() if value is not None}
     nodes: dict[str, Standardized] = {}
 
     def row(name: str) -> str:
         """The standardized row of a node."""
         node = graph.by_name[name]
+        if isinstance(node, Standardized):
+            return name
         if not isinstance(node, (Logits, Mixture)):
             raise GraphError(
                 f"standardize needs rows of logits, but '{name}' is of kind {node.kind}"
@@ -55,7 +61,7 @@ def with_divergence(
         teacher, student = term.teacher, term.student
         if standardize:
             teacher, student = row(teacher), row(student)
-        return _changed(term, teacher, student, divergence, given)
+        return _changed(term, teacher, student, divergence, parameters)
 
     terms = {term: change(term) for term in graph.terms}
     return graph.replace(terms.__getitem__, tuple(nodes.values()))
@@ -81,7 +87,7 @@ def _check(graph: Graph, divergence: str, parameters: dict[str, float | None]) -
 
 
 def _changed(
-    term: KL, teacher: str, student: str, divergence: str, parameters: dict[str, float]
+    term: KL, teacher: str, student: str, divergence: str, parameters: Mapping[str, Any]
 ) -> Term:
     """A KL term's counterpart between two rows."""
     term = replace(term, teacher=teacher, student=student)

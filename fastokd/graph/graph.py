@@ -1,6 +1,7 @@
 """The graph itself: nodes, terms, and every rule a graph must keep, checked when it is made."""
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -106,7 +107,7 @@ class Graph:
             nodes: nodes that the new terms need and the graph does not have.
             name: of the new graph, by default the same.
 
-        Derived nodes that reach no term any more are removed.
+        Derived nodes and a frozen teacher that reach no term any more are removed.
 
         Raises:
             GraphError: the new graph breaks a rule.
@@ -117,8 +118,13 @@ class Graph:
         # A node may follow its users in the list, so repeat until nothing is added.
         while added := {i for node in everything if node.name in used for i in node.inputs} - used:
             used |= added
-        kept = tuple(node for node in everything if not node.inputs or node.name in used)
-        return replace(self, nodes=kept, terms=terms, name=name or self.name)
+        remaining = tuple(
+            node
+            for node in everything
+            if node.name in used or not (node.inputs or node.name == self.teacher)
+        )
+        teacher = self.teacher if self.teacher in used else ""
+        return replace(self, nodes=remaining, terms=terms, name=name or self.name, teacher=teacher)
 
     @cached_property
     def by_name(self) -> dict[str, Node]:
@@ -339,8 +345,8 @@ def _check_divergence(
     term: JensenShannon | DKD | MSE | L1, teacher: Node, student: Node, where: str
 ) -> None:
     if isinstance(term, JensenShannon):
-        in_range = math.isfinite(term.beta) and 0 < term.beta < 1
-        _require(in_range, f"{where} has beta={term.beta}; it must be between 0 and 1")
+        in_range = _is_number(term.beta) and 0 < term.beta < 1
+        _require(in_range, f"{where} has beta={term.beta!r}; it must be above 0 and below 1")
         return
     _require(
         isinstance(teacher, LEARNING),
@@ -349,8 +355,8 @@ def _check_divergence(
     if isinstance(term, DKD):
         for field in ("alpha", "beta"):
             value = getattr(term, field)
-            is_weight = math.isfinite(value) and value >= 0
-            _require(is_weight, f"{where} has {field}={value}; it must be finite and not negative")
+            is_weight = _is_number(value) and value >= 0
+            _require(is_weight, f"{where} has {field}={value!r}; it must be finite and at least 0")
         _require(term.alpha or term.beta, f"{where} has alpha=0 and beta=0; it would be 0")
         return
     for node in (teacher, student):
@@ -359,6 +365,10 @@ def _check_divergence(
             f"{where} depends on the mean of the logits, which the standardized node"
             f" '{node.name}' does not subtract; use a term with a softmax",
         )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 def _check_temperature(value: float, where: str) -> None:

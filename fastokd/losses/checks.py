@@ -4,7 +4,7 @@ import math
 import numbers
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -168,15 +168,34 @@ def check_target(target: object, first: Tensor) -> Tensor:
 def check_labels(target: Tensor, first: Tensor) -> None:
     """Check that labels are in range; see ``check_target``."""
     batch, num_classes = first.shape
-    if target.dtype in _FLOATS or not batch or torch.compiler.is_compiling():
+    if target.dtype in _FLOATS or not batch:
         return
-    if target.is_cpu or os.environ.get("FASTOKD_CHECK_LABELS") == "1":
+    if _values_are_checked(target):
         low, high = (int(value) for value in target.aminmax())
         if low < 0 or high >= num_classes:
             label = low if low < 0 else high
             position = int((target == label).nonzero()[0])
             classes = f"{num_classes} classes (labels 0 to {num_classes - 1})"
             raise ValueError(f"target[{position}] is {label}, but the logits have {classes}")
+
+
+def _values_are_checked(value: Tensor) -> bool:
+    """False where that would wait for a device, unless the user requests it, or stop tracing."""
+    if torch.compiler.is_compiling():
+        return False
+    return value.is_cpu or os.environ.get("FASTOKD_CHECK_LABELS") == "1"
+
+
+def checked_ignore_index(ignore_index: object) -> int | None:
+    """The argument ``ignore_index`` of a loss.
+
+    Raises:
+        TypeError: it is neither an integer nor None.
+    """
+    is_integer = isinstance(ignore_index, numbers.Integral) and not isinstance(ignore_index, bool)
+    if ignore_index is not None and not is_integer:
+        raise TypeError(f"ignore_index={ignore_index!r}; it must be an integer or None")
+    return None if ignore_index is None else int(cast(int, ignore_index))
 
 
 def check_ignore_index(ignore_index: int | None, num_classes: int) -> None:
@@ -202,7 +221,7 @@ def check_row_factors(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The weights of classes [C] and samples [N], checked against the first row of logits [N, C].
 
-    Values on a GPU are not checked, because that waits for the device.
+    Values on a GPU are checked as labels are, see ``check_target``.
     """
     given: dict[str, tuple[Any, int]] = {
         "class_weight": (class_weight, first.shape[1]),
@@ -218,7 +237,7 @@ def check_row_factors(
             fix = "; move the loss: loss.to(device)" if name == "class_weight" else ""
             raise ValueError(f"{name} is on {value.device}, the logits are on {first.device}{fix}")
     sample = given["sample_weight"][0]
-    if sample is not None and sample.is_cpu and not torch.compiler.is_compiling():
+    if sample is not None and _values_are_checked(sample):
         _check_factors(sample, "sample_weight")
     return class_weight, sample
 

@@ -24,7 +24,7 @@ class DenseLayout(NamedTuple):
         """The layout of the first of several tensors of logits; None for rows [B, C]."""
         if isinstance(logits, Tensor):
             shape: Sequence[int] = logits.shape[1:]
-        else:  # what is no sequence of tensors is reported by the checks
+        else:  # the checks report anything else than a sequence of tensors
             first = logits[0] if isinstance(logits, (tuple, list)) and logits else None
             shape = first.shape if isinstance(first, Tensor) else ()
         if len(shape) < 3:
@@ -38,19 +38,27 @@ class DenseLayout(NamedTuple):
         return self.batch * math.prod(self.positions)
 
     def rows(self, value: Tensor, name: str) -> Tensor:
-        """A tensor [B, K, d1, ...] (classes last: [B, d1, ..., K]) as [N, K]; [B, K] is shared by
-        all positions.
+        """A tensor [B, K, d1, ...] (classes last: [B, d1, ..., K]) as [N, K].
 
         Raises:
             ValueError: the tensor has another shape.
         """
-        if value.dim() == 2 and value.shape[0] == self.batch:
-            count = math.prod(self.positions)
-            return value.unsqueeze(1).expand(-1, count, -1).reshape(self.num_rows, -1)
         moved = value if self.classes_last or value.dim() < 2 else value.movedim(1, -1)
         if tuple(moved.shape[:-1]) != (self.batch, *self.positions):
             raise ValueError(f"{name} has the shape {tuple(value.shape)}; {self._expected('K')}")
-        return moved.reshape(self.num_rows, -1)
+        return moved.reshape(self.num_rows, moved.shape[-1])
+
+    def weights(self, value: Tensor, name: str) -> Tensor:
+        """Mixing weights as [N, K] like ``rows``, or [K] for all rows; [B, K] are shared by all
+        positions.
+        """
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            return value  # reported by the checks, or [K]
+        if value.dim() > 2:
+            return self.rows(value, name)
+        if len(value) == self.batch != self.num_rows:
+            return value.repeat_interleave(math.prod(self.positions), 0)
+        return value
 
     def values(self, value: Tensor | None, name: str) -> Tensor | None:
         """A tensor [B, d1, ...] as [N]; [B] is shared by all positions.
@@ -75,18 +83,20 @@ class DenseLayout(NamedTuple):
         """
         if not isinstance(target, Tensor):
             return target  # reported by the checks
-        if target.is_floating_point() and target.dim() > 2:
+        if target.is_floating_point():
             return self.rows(target, "target")
         wanted = [self.batch, *self.positions]
         if list(target.shape) != wanted:
-            raise ValueError(f"target has the shape {tuple(target.shape)}; labels must be {wanted}")
+            fix = "; pass class_dim=-1 if the classes are last" * (not self.classes_last)
+            shape = f"target has the shape {tuple(target.shape)}"
+            raise ValueError(f"{shape}; labels must be {wanted}{fix}")
         return target.reshape(-1)
 
     def restore(self, rows: Tensor) -> Tensor:
         """The inverse of ``values`` for [N], and of ``rows`` for [N, K]."""
         if rows.dim() == 1:
             return rows.reshape(self.batch, *self.positions)
-        dense = rows.reshape(self.batch, *self.positions, -1)
+        dense = rows.reshape(self.batch, *self.positions, rows.shape[1])
         return dense if self.classes_last else dense.movedim(-1, 1)
 
     def _expected(self, width: str) -> str:

@@ -64,7 +64,7 @@ class GraphLoss(nn.Module):
     """
 
     term_weights: Tensor
-    _class_weight: Tensor | None
+    class_weight: Tensor | None
     ensemble_of = "logits"
     """Values whose mean is the ensemble, without a node ``ensemble``: "logits" or "predictions"."""
 
@@ -90,9 +90,10 @@ class GraphLoss(nn.Module):
         if class_dim not in (1, -1):
             raise ValueError(f"class_dim={class_dim}; use 1 ([B, C, ...]) or -1 ([B, ..., C])")
         check_impl(impl)
-        self.ignore_index, self.class_dim = ignore_index, class_dim
+        self.ignore_index, self.class_dim = checks.checked_ignore_index(ignore_index), class_dim
+        vars(self).pop("class_weight", None)  # an option of ``loss_options`` before it is a buffer
         weight = checks.checked_class_weight(class_weight)
-        self.register_buffer("_class_weight", weight, persistent=False)
+        self.register_buffer("class_weight", weight, persistent=False)
         self.lowered = LoweredGraph.of(graph, labels or {})
         self.num_branches = self._num_rows() if num_branches is None else num_branches
         self.reduction, self.impl = reduction, impl
@@ -206,11 +207,7 @@ class GraphLoss(nn.Module):
         self, branch_logits: Rows, target: Tensor | None, inputs: Mapping[str, Any]
     ) -> GraphInputs:
         """``graph_inputs``, after ``update_state`` in training; wrong keywords name the loss."""
-        branch_logits = self._rows(branch_logits)
-        layout = DenseLayout.of(branch_logits, self.class_dim)
-        if layout is not None:
-            rows = enumerate(branch_logits)
-            branch_logits = [layout.rows(row, f"branch_logits[{index}]") for index, row in rows]
+        branch_logits, layout = self._dense_rows(branch_logits)
         inputs, teacher = self._split_teacher(inputs)
         try:
             if target is not None and self.training:
@@ -230,6 +227,15 @@ class GraphLoss(nn.Module):
             return given
         return given.as_rows(layout, given.lowered or self.lowered)
 
+    def _dense_rows(self, branch_logits: Rows) -> tuple[Rows, DenseLayout | None]:
+        """``_rows`` of dense logits as [N, C], and their layout; None for rows."""
+        branch_logits = self._rows(branch_logits)
+        layout = DenseLayout.of(branch_logits, self.class_dim)
+        if layout is None:
+            return branch_logits, None
+        rows = enumerate(branch_logits)
+        return [layout.rows(row, f"branch_logits[{index}]") for index, row in rows], layout
+
     def _split_teacher(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
         """The keywords of ``graph_inputs``, and the frozen teacher's rows."""
         inputs = dict(inputs)
@@ -245,6 +251,8 @@ class GraphLoss(nn.Module):
         if teacher is None:
             kind = "probabilities" if is_external else "logits"
             raise ValueError(f"teacher is missing: pass the teacher's {kind} [B, C]")
+        if not isinstance(teacher, Tensor):
+            raise TypeError(f"teacher must be a tensor, got {type(teacher).__name__}")
         teacher = teacher.detach()
         if is_external:
             return given._replace(externals={**given.externals, name: teacher})
@@ -331,8 +339,8 @@ class GraphLoss(nn.Module):
         roots = [(tensor, grad) for tensor, grad in gradients if grad is not None]
         loss = rows.sum() / max(len(rows), 1)
         if call.extras:
-            own = self._extra_loss(call.extras, kd_weight)
-            extra = own if extra is None else extra + own
+            extra_loss = self._extra_loss(call.extras, kd_weight)
+            extra = extra_loss if extra is None else extra + extra_loss
         if extra is not None:
             loss = loss + extra.detach()
             if extra.requires_grad:
@@ -354,7 +362,7 @@ class GraphLoss(nn.Module):
         """The operator's inputs of a call, with every tensor checked."""
         if target is None:  # None is valid only for methods such as ``named_logits``
             raise TypeError("target must be a tensor, got NoneType")
-        layout = DenseLayout.of(branch_logits, self.class_dim)
+        layout = DenseLayout.of(self._rows(branch_logits), self.class_dim)
         if layout is not None:
             target = layout.target(target)
             sample_weight = layout.values(sample_weight, "sample_weight")
@@ -372,9 +380,9 @@ class GraphLoss(nn.Module):
         externals = [given.externals[name] for name in lowered.graph.externals]
         term_weights = self._weights_of_terms(first, kd_weight)
         plan, row_weights = lowered.plan, None
-        if ignored is not None or sample_weight is not None or self._class_weight is not None:
-            factors = checks.check_row_factors(first, self._class_weight, sample_weight)
-            row_weights = weigh_rows(plan, first, target, ignored, *factors)
+        if ignored is not None or sample_weight is not None or self.class_weight is not None:
+            factors = checks.check_row_factors(first, self.class_weight, sample_weight)
+            row_weights = weigh_rows(plan, lowered.unsmoothed, first, target, ignored, *factors)
             plan, target = row_weights.plan, row_weights.target
             term_weights = row_weights.term_weights(term_weights, self.reduction == "mean")
         tensors = Inputs(given.logits, weights, externals, target, term_weights)
@@ -441,6 +449,10 @@ class GraphLoss(nn.Module):
         if self.num_branches > 1 and "ensemble" not in named:
             members = [named[name] for name in self.ensemble_members]
             named["ensemble"] = torch.stack(members).mean(0)
+        return self._restored(named, branch_logits)
+
+    def _restored(self, named: dict[str, Tensor], branch_logits: Rows) -> dict[str, Tensor]:
+        """Rows [N, C] or values [N] by name in the layout of dense logits."""
         layout = DenseLayout.of(branch_logits, self.class_dim)
         return named if layout is None else {n: layout.restore(row) for n, row in named.items()}
 
@@ -448,19 +460,24 @@ class GraphLoss(nn.Module):
     def mixtures(
         self, branch_logits: Rows, weights: Mapping[str, Tensor] | None = None, **inputs: Any
     ) -> dict[str, Tensor]:
-        """The logits [B, C] of every mixture by name; arguments as in ``graph_inputs``."""
+        """The logits [B, C] of every mixture by name; arguments as in ``graph_inputs``, also with
+        dense logits.
+        """
         if weights is not None:
             inputs["weights"] = weights
-        return self._mixtures(self._inputs(branch_logits, None, inputs))
+        named = self._mixtures(self._inputs(branch_logits, None, inputs))
+        return self._restored(named, branch_logits)
 
     def _mixtures(self, given: GraphInputs) -> dict[str, Tensor]:
-        graph, plan, row_labels, labels, _ = given.lowered or self.lowered
+        lowered = given.lowered or self.lowered
+        graph, plan = lowered.graph, lowered.plan
         if not graph.mixtures:
             return {}
         # Mixtures need no target, external row or frozen teacher, which get placeholders.
         rows = [*given.logits, *[given.logits[0]] * (plan.num_logits - len(given.logits))]
-        first = checks.check_rows(rows, row_labels)
-        weights = checks.check_weights(given.weights, graph.weight_sources, first, labels)
+        first = checks.check_rows(rows, lowered.row_labels)
+        sources, labels = graph.weight_sources, lowered.weight_labels
+        weights = checks.check_weights(given.weights, sources, first, labels)
         weights = [*weights, *standard_weights(graph, rows, given.weights)]
         target = torch.zeros(first.shape[0], dtype=torch.long, device=first.device)
         externals = [first] * plan.num_externals
@@ -474,17 +491,25 @@ class GraphLoss(nn.Module):
         self, branch_logits: Rows, target: Tensor | None, **inputs: Any
     ) -> dict[str, dict[str, Tensor]]:
         """For each mixture with run-time weights, the weight [B] of each input, by name:
-        ``{"ta2": {"branch2": ..., "branch1": ...}}``. Arguments as in ``forward``.
+        ``{"ta2": {"branch2": ..., "branch1": ...}}``; [B, d1, ...] for dense logits. Arguments as
+        in ``forward``.
         """
         mixtures = self.graph.dynamic_mixtures
         if not mixtures:
             return {}
         inputs, _ = self._split_teacher(inputs)
-        given = self.graph_inputs(self._rows(branch_logits), target, **inputs)
+        rows, layout = self._dense_rows(branch_logits)
+        if layout is not None and target is not None:
+            target = layout.target(target)
+        given = self.graph_inputs(rows, target, **inputs)
+        if layout is not None:
+            given = given.as_rows(layout, given.lowered or self.lowered)
         batch = given.logits[0].shape[0]
-        columns = {name: rows.expand(batch, -1).unbind(1) for name, rows in given.weights.items()}
+        columns = {name: each.expand(batch, -1).unbind(1) for name, each in given.weights.items()}
         return {
-            node.name: dict(zip(node.inputs, columns[str(node.weights)], strict=True))
+            node.name: self._restored(
+                dict(zip(node.inputs, columns[str(node.weights)], strict=True)), branch_logits
+            )
             for node in mixtures
         }
 

@@ -27,6 +27,8 @@ class LoweredGraph(NamedTuple):
 
     graph: Graph
     plan: Plan
+    unsmoothed: Plan
+    """The plan without label smoothing, for targets that contain it."""
     row_labels: tuple[str, ...]
     weight_labels: Mapping[str, str]
     checked: set[Any]
@@ -38,7 +40,8 @@ class LoweredGraph(NamedTuple):
         labels = {**labels, graph.teacher: "teacher"}
         rows = tuple(labels.get(name, f"logits[{i}]") for i, name in enumerate(graph.logits))
         weights = {name: labels.get(name, f"weights['{name}']") for name in graph.weight_sources}
-        return cls(graph, lower(graph), rows, weights, set())
+        plan = lower(graph)
+        return cls(graph, plan, plan._replace(label_smoothing=0.0), rows, weights, set())
 
     def with_teacher(self, *arguments: Any, **options: Any) -> "LoweredGraph":
         """The graph with a frozen teacher, see ``Graph.with_teacher``."""
@@ -100,19 +103,20 @@ class GraphInputs(NamedTuple):
     """The graph to run if the loss has several with the same terms; None for ``self.lowered``."""
 
     def as_rows(self, layout: DenseLayout, lowered: LoweredGraph) -> "GraphInputs":
-        """The inputs with those of a dense layout as rows; weights [B, K] are shared."""
+        """The inputs with those of a dense layout as rows."""
+
+        def rows(value: Tensor, label: str) -> Tensor:
+            is_dense = isinstance(value, Tensor) and value.dim() > 2
+            return layout.rows(value, label) if is_dense else value
+
         logits = [
-            layout.rows(row, label) if row.dim() > 2 else row
-            for row, label in zip(self.logits, lowered.row_labels, strict=False)
+            rows(row, label) for row, label in zip(self.logits, lowered.row_labels, strict=False)
         ]
         weights = {
-            name: layout.rows(value, lowered.weight_labels[name])
-            if value.dim() > 1 and len(value) != layout.num_rows
-            else value
+            name: layout.weights(value, lowered.weight_labels.get(name, name))
             for name, value in self.weights.items()
         }
         externals = {
-            name: layout.rows(value, f"externals['{name}']") if value.dim() > 2 else value
-            for name, value in self.externals.items()
+            name: rows(value, f"externals['{name}']") for name, value in self.externals.items()
         }
         return self._replace(logits=logits, weights=weights, externals=externals)

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast, dataclass_transform
 
+from torch import Tensor
+
 from fastokd.errors import did_you_mean
 from fastokd.graph import DIVERGENCES
 from fastokd.limits import Limits
@@ -149,7 +151,9 @@ def class_dim() -> Any:
 
 
 def divergence() -> Any:
-    help = "of every KL term of the method: KL itself, or another one with the same weight and T."
+    help = (
+        "in place of KL in all terms of the method, with their weights and, except mse and l1, T."
+    )
     return choice("kl", DIVERGENCES, help)
 
 
@@ -178,6 +182,8 @@ def loss_options(cls: type[T]) -> type[T]:
             setattr(cls, name, dataclasses.field(**facts, kw_only=name in KEYWORDS))
     has_constructor = "__init__" in vars(cls)
     made = dataclass(eq=False, repr=False)(cls)
+    if "class_weight" in vars(made):
+        del made.class_weight  # type: ignore[attr-defined]  # would hide the buffer
     if has_constructor:
         return made
     _accept_positions(made)
@@ -190,20 +196,23 @@ def loss_options(cls: type[T]) -> type[T]:
 def _accept_positions(loss: Any) -> None:
     """Let the constructor take ``POSITIONAL`` as its last positional arguments too."""
     construct = loss.__init__
-    this, *given = inspect.signature(construct).parameters.values()
-    given = [
+    this, *parameters = inspect.signature(construct).parameters.values()
+    parameters = [
         each
         if each.name in KEYWORDS and each.name not in POSITIONAL
         else each.replace(kind=each.POSITIONAL_OR_KEYWORD)
-        for each in given
+        for each in parameters
     ]
-    signature = inspect.Signature(given)
+    signature = inspect.Signature(parameters)
 
     def __init__(self: Any, *values: Any, **options: Any) -> None:
-        construct(self, **signature.bind(*values, **options).arguments)
+        arguments = signature.bind(*values, **options).arguments
+        if isinstance(weight := arguments.get("class_weight"), Tensor):
+            arguments["class_weight"] = weight.detach()  # modules reject parameters at this point
+        construct(self, **arguments)
 
     loss.__init__ = __init__
-    loss.__init__.__signature__ = inspect.Signature([this, *given])
+    loss.__init__.__signature__ = inspect.Signature([this, *parameters])
 
 
 def options_of(cls: type) -> dict[str, Option]:

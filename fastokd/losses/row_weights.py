@@ -43,6 +43,7 @@ class RowWeights(NamedTuple):
 
 def weigh_rows(
     plan: Plan,
+    unsmoothed: Plan,
     first: Tensor,
     target: Tensor,
     ignored: Tensor | None,
@@ -52,7 +53,8 @@ def weigh_rows(
     """The weights of rows of logits like ``first`` [N, C], by PyTorch's ``cross_entropy``.
 
     Args:
-        plan: the graph's; class weights change its label smoothing.
+        plan: the graph's.
+        unsmoothed: without label smoothing, for a target that contains it and the class weights.
         target: labels [N], with a class for ignored rows, or class probabilities [N, C].
         ignored: bool [N], the rows that do not count; None for none.
         class_weight: [C], the factors of the classes in cross-entropies.
@@ -69,13 +71,14 @@ def weigh_rows(
     if class_weight is not None:
         class_weight = class_weight.to(rows.dtype)
         if has_labels:
-            # A label out of range makes its row NaN, by the executor.
-            of_labels = rows * class_weight[target.clamp(0, len(class_weight) - 1)]
+            label = target.clamp(0, len(class_weight) - 1)
+            # A label out of range makes its row NaN, whatever the weight of the nearest class.
+            of_labels = rows * class_weight[label].where(label == target, float("nan"))
             sum_of_labels = of_labels.sum()
         if not has_labels or plan.label_smoothing:
             of_labels = rows
             target = _weighted_target(plan, target, class_weight)
-            plan = plan._replace(label_smoothing=0.0)
+            plan = unsmoothed
     factors = torch.stack([of_labels if each else rows for each in plan.label_terms], 1)
     return RowWeights(
         plan,

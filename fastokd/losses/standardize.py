@@ -22,11 +22,11 @@ def standard_weights(
     """
     if not graph.standardized:
         return []
-    given = dict(zip(graph.logits, logits, strict=False))
+    branches = dict(zip(graph.logits, logits, strict=False))
 
     def row(name: str) -> Tensor:
-        if name in given:
-            return given[name].to(compute_dtype(given[name]))
+        if name in branches:
+            return branches[name].to(compute_dtype(branches[name]))
         node = graph.by_name[name]
         assert isinstance(node, Mixture), "the graph has checked the input"
         rows = [row(source) for source in node.inputs]

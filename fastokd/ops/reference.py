@@ -37,6 +37,8 @@ PROBABILITY_FLOOR = 1e-30
 
 MASKED = -1e37
 """Stands for -inf in logits, so that a class that two rows mask contributes 0 instead of NaN."""
+_COLD = 0.1
+"""Divided by a temperature below this, ``MASKED`` might overflow float32."""
 MASKED_LOSS = 1e30
 """A term above this is infinite: the label or a class of the teacher is masked in the student."""
 
@@ -58,6 +60,12 @@ def _cross_entropy(row: Tensor, target: Tensor, label_smoothing: float) -> Tenso
     if label_smoothing:
         loss = (1 - label_smoothing) * loss - label_smoothing * log_p.mean(1)
     return loss
+
+
+def _softened(row: Tensor, temperature: float) -> Tensor:
+    """``row / T``, in which masked classes stay finite."""
+    softened = row / temperature
+    return softened.clamp_min(MASKED) if temperature < _COLD else softened
 
 
 def _node_weights(node: PlanNode, weights: Sequence[Tensor], like: Tensor) -> list[Tensor | float]:
@@ -82,7 +90,7 @@ def _derived(
         logs = [
             row.clamp_min(PROBABILITY_FLOOR).log()
             if plan.is_external(k)
-            else F.log_softmax(row / node.temperature, 1)
+            else F.log_softmax(_softened(row, node.temperature), 1)
             for k, row in zip(node.inputs, inputs, strict=True)
         ]
         # Relative to the largest log p_k, the sum stays finite where every p_k underflows.
@@ -119,13 +127,13 @@ def node_rows(plan: Plan, inputs: Inputs) -> list[Tensor]:
 
 def _kl(plan: Plan, term: PlanTerm, rows: list[Tensor]) -> Tensor:
     teacher = rows[term.teacher].detach() if term.detach else rows[term.teacher]
-    log_q = F.log_softmax(rows[term.student] / term.temperature, 1)
+    log_q = F.log_softmax(_softened(rows[term.student], term.temperature), 1)
     if plan.is_external(term.teacher):
         p, log_p = teacher, teacher.clamp_min(PROBABILITY_FLOOR).log()
     elif plan.is_probability(term.teacher):
         p, log_p = teacher.exp(), teacher
     else:
-        log_p = F.log_softmax(teacher / term.temperature, 1)
+        log_p = F.log_softmax(_softened(teacher, term.temperature), 1)
         p = log_p.exp()
     # A class that both rows mask: it has no share in the value, and eps is for those that exist.
     absent = (p <= PROBABILITY_FLOOR) & (log_q < -MASKED_LOSS)
@@ -151,7 +159,7 @@ def _target_kl(plan: Plan, term: PlanTerm, rows: list[Tensor], target: Tensor) -
     def log_odds(non_target: int) -> Tensor:
         (node,) = plan.nodes[non_target - plan.first_derived].inputs
         label_logit = _label_logit(rows[node], target) / term.temperature
-        return label_logit - (rows[non_target] / term.temperature).logsumexp(1)
+        return label_logit - _softened(rows[non_target], term.temperature).logsumexp(1)
 
     student, teacher = log_odds(term.student), log_odds(term.teacher)
     teacher = teacher.detach() if term.detach else teacher
