@@ -85,10 +85,10 @@ for step in range(steps):
 model.eval()
 with torch.no_grad():
     images, labels = (each.to(device) for each in shapes(128, generator))
-    found = model(images)[0][0].argmax(1)
+    predicted = model(images)[0][0].argmax(1)
 counted = labels != BORDER
 overlaps = [
-    ((found == c) & (labels == c)).sum() / (((found == c) | (labels == c)) & counted).sum()
+    ((predicted == c) & (labels == c)).sum() / (((predicted == c) | (labels == c)) & counted).sum()
     for c in range(CLASSES)
 ]
 print(f"student: mean intersection over union {100 * torch.stack(overlaps).mean():.1f} %")

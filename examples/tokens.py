@@ -64,7 +64,7 @@ for step in range(steps):
         print(f"step {step + 1}: loss {loss.item():.3f}")
 with torch.no_grad():
     tokens, labels = (each.to(device) for each in sequences(256, generator))
-    found = branches[0](embedding(tokens).transpose(1, 2)).argmax(-1)
+    predicted = branches[0](embedding(tokens).transpose(1, 2)).argmax(-1)
 counted = labels != -100
-right = (found == labels)[counted].float().mean()
-print(f"student: {100 * right:.1f} % of the tokens are right")
+accuracy = (predicted == labels)[counted].float().mean()
+print(f"student: token accuracy {100 * accuracy:.1f} %")

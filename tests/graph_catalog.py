@@ -364,7 +364,7 @@ def _synthetic() -> list[Graph]:
 
 
 def catalog() -> list[Case]:
-    """Every method's graph in every variant, and synthetic graphs for what no method uses."""
+    """Every method's graph in every variant, and synthetic graphs for all other features."""
     paper, code = PRESETS["paper"], PRESETS["code"]
     graphs = {
         "baseline": baseline_graph(),

@@ -309,7 +309,7 @@ def test_other_divergence_keeps_weights_and_temperatures() -> None:
 @pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("method", list_methods())
-def test_every_method_takes_every_divergence_or_says_why_not(
+def test_methods_take_every_divergence_or_name_the_reason(
     method: str, divergence: str, standardize: bool
 ) -> None:
     loss_class = get_method(method).loss_class
@@ -339,6 +339,28 @@ def test_every_method_takes_every_divergence_or_says_why_not(
         )
         results.append((rows, *torch.autograd.grad(rows, inputs.leaves(), materialize_grads=True)))
     torch.testing.assert_close(*results)
+
+
+def test_frozen_teacher_has_the_divergence_of_the_method() -> None:
+    loss = AHBFLoss(2, divergence="dkd", divergence_beta=2.0, standardize=True)
+    loss.add_teacher("branch1", 0.5, 4.0)
+    for graph in (loss.graph, loss.premixed.graph):
+        (taught,) = (term for term in graph.terms if "teacher" in term.name)
+        pair_of_rows = ("standardized teacher", "standardized branch1")
+        assert taught == DKD(*pair_of_rows, 0.5, 4.0, beta=2.0, detach=True, scheduled=False)
+        assert not any(isinstance(term, KL) for term in graph.terms)
+        assert graph.teacher == "teacher"
+    rows = [torch.randn(3, 5, dtype=torch.float64) for _ in range(3)]
+    inputs = {"scores": [torch.full((3, 2), 0.5, dtype=torch.float64)], "teacher": rows[2]}
+    target = torch.tensor([0, 4, 2])
+    _, terms = loss(rows[:2], target, return_terms=True, **inputs)
+    standardized = [
+        (row - row.mean(1, keepdim=True)) / row.std(1, correction=0, keepdim=True)
+        for row in (rows[0], rows[2])
+    ]
+    alone = GraphLoss(pair(DKD("b", "a", 1.0, 4.0, beta=2.0)))
+    _, expected = alone(standardized, target, return_terms=True)
+    torch.testing.assert_close(terms[taught.name], expected["dkd/b->a"])
 
 
 def test_ahbf_with_mixed_rows_has_the_same_divergence() -> None:

@@ -162,7 +162,7 @@ def check_dataset(
     if path is not None and os.path.isdir(path) and kind.list_split:
         root, images = path, _images_of_tree(path, found)
         if not images:
-            list_tree(path)  # which tells what is there instead
+            list_tree(path)  # raises an error about the contents
     else:
         source = kind.files(path)
         root, images = source.train.root, images_of(source)

@@ -244,7 +244,7 @@ HEADER_BYTES = 1 << 14
 
 
 def is_plain_jpeg(head: bytes) -> bool:
-    """``decodes_alike`` for the start of a file: True only for JPEG files whose header says so."""
+    """``decodes_alike`` for the start of a file: True only for JPEG files with a simple header."""
     try:
         size = _simple_jpeg(head) if head.startswith(JPEG) else None
     except (struct.error, IndexError):  # the header is longer

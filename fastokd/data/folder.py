@@ -344,7 +344,7 @@ def split_folders(root: Path) -> SplitFolders:
 
 
 def _unwrapped(root: Path, split: str, name: str) -> str:
-    """The folder of a split's classes: further down if it holds but one folder, of its own kind."""
+    """The folder of a split's classes: an inner one if it is named after the split and alone."""
     with contextlib.suppress(DataError):  # reported when the folder is listed
         while len(below := entries(root / name)) == 1 and is_wrapper(below[0].name, split):
             inside = entries(below[0].path) if is_folder(below[0]) else []

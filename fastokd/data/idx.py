@@ -28,7 +28,7 @@ _INNER = "raw"
 
 
 class _Part(NamedTuple):
-    """What the name of a file tells: its dataset ("" for MNIST's names), its split and content."""
+    """The parts of a file's name: its dataset ("" for MNIST's names), its split and content."""
 
     dataset: str
     split: str

@@ -52,8 +52,10 @@ def with_divergence(
             raise GraphError(
                 f"standardize needs rows of logits, but '{name}' is of kind {node.kind}"
             )
-        nodes[name] = Standardized(f"standardized {name}", name)
-        return nodes[name].name
+        standardized = Standardized(f"standardized {name}", name)
+        if standardized not in graph.nodes:
+            nodes[name] = standardized
+        return standardized.name
 
     def change(term: Term) -> Term:
         if not isinstance(term, KL):

@@ -50,7 +50,7 @@ class Mixture(_Derived):
 @dataclass(frozen=True)
 class Standardized:
     """``(z - mean(z)) / std(z)`` over the classes of each row z, before any temperature (Sun et
-    al., CVPR 2024). ``input``: logits or a mixture.
+    al., CVPR 2024), where ``std`` divides by C. ``input``: logits or a mixture.
 
     It lowers to a mixture of the one input with the weight 1 / std(z), because no term that takes
     this node depends on the mean. Classes at -inf do not count.
@@ -213,8 +213,8 @@ class DKD(Distillation):
     """``weight * T^2 * (alpha TCKD + beta NCKD)``, decoupled distillation (Zhao et al., CVPR 2022).
 
     TCKD is the KL divergence of the pairs (probability of the label, of all other classes), NCKD
-    that of the softmaxes over the other classes. It needs labels, two classes or more, and rows of
-    logits. ``KL(p || q) = TCKD + (1 - p_label) NCKD``.
+    that of the softmaxes over the other classes. It needs labels and rows of logits; with a single
+    class it is 0. ``KL(p || q) = TCKD + (1 - p_label) NCKD``.
     """
 
     teacher: str

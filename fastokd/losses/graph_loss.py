@@ -120,9 +120,14 @@ class GraphLoss(nn.Module):
 
         Calls then take the keyword ``teacher``: its rows [B, C], constants.
         """
-        self.lowered = self.lowered.with_teacher(students, *arguments, **options)
+        change = self.with_divergence
+        self.lowered = self.lowered.with_teacher(change, students, *arguments, **options)
         self._place_term_weights(self.term_weights.device)
         return self
+
+    def with_divergence(self, graph: Graph) -> Graph:
+        """The graph with the divergence that the loss uses in place of KL, here the same graph."""
+        return graph
 
     def _place_term_weights(self, device: torch.device) -> None:
         fixed = [0.0 if term.scheduled else term.weight for term in self.graph.terms]

@@ -1,6 +1,6 @@
 """A loss's graph, and its inputs for a batch."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -43,10 +43,12 @@ class LoweredGraph(NamedTuple):
         plan = lower(graph)
         return cls(graph, plan, plan._replace(label_smoothing=0.0), rows, weights, set())
 
-    def with_teacher(self, *arguments: Any, **options: Any) -> "LoweredGraph":
-        """The graph with a frozen teacher, see ``Graph.with_teacher``."""
+    def with_teacher(
+        self, change: Callable[[Graph], Graph], *arguments: Any, **options: Any
+    ) -> "LoweredGraph":
+        """The graph with a frozen teacher, see ``Graph.with_teacher``, after ``change``."""
         labels = dict(zip(self.graph.logits, self.row_labels, strict=True))
-        graph = self.graph.with_teacher(*arguments, **options)
+        graph = change(self.graph.with_teacher(*arguments, **options))
         return self.of(graph, {**labels, **self.weight_labels})
 
     def check(self, given: "GraphInputs", target: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class MethodLoss(GraphLoss):
 
     presets: ClassVar[Presets] = {"paper": {}}
 
-    # What ``teach`` uses for losses that do not declare these options.
+    # Values that ``teach`` uses for losses without these options.
     temperature = 1.0
     detach_teacher = True
     teacher_eps = 0.0

@@ -151,9 +151,7 @@ def class_dim() -> Any:
 
 
 def divergence() -> Any:
-    help = (
-        "in place of KL in all terms of the method, with their weights and, except mse and l1, T."
-    )
+    help = "in place of KL in every term, with its weight and, except for mse and l1, its T."
     return choice("kl", DIVERGENCES, help)
 
 

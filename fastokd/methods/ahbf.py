@@ -82,7 +82,8 @@ class AHBFLoss(MethodLoss):
         return Graph("ahbf", nodes, terms, self.label_smoothing)
 
     def add_teacher(self, students: str | Sequence[str], *arguments: Any, **options: Any) -> Self:
-        self.premixed = self.premixed.with_teacher(students, *arguments, **options)
+        change = self.with_divergence
+        self.premixed = self.premixed.with_teacher(change, students, *arguments, **options)
         return super().add_teacher(students, *arguments, **options)
 
     def labels(self) -> dict[str, str]:
