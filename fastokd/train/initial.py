@@ -173,7 +173,7 @@ def start_from(
 
     The trunk and the kept branch get the weights. With ``branch_init="copy"`` every other branch
     gets the same values, see ``copy_to_branches``; with "fresh" it stays as initialized.
-    Every peer gets the weights of its network; peers that equal the kept one get noise on their
+    Every peer gets the weights of its network; peers that equal another one get noise on their
     heads.
     A last layer for another number of classes, or for other classes, stays as initialized.
 
@@ -200,7 +200,8 @@ def start_from(
         lines = _start_peers(model, initial, classes, branch_init)
         noisy = 0 if own_views else separate(model, seed)
         if noisy:
-            lines.append(f"{noisy} peers equal the student's: noise is added to their last layers")
+            peers = f"{noisy} peer{'s' * (noisy > 1)} with the weights of another peer"
+            lines.append(f"noise is added to the last layers of {peers}")
         return lines
     fresh, line = _load_into(model.live_student(model.kept), initial[0], classes)
     if model.num_branches == 1 or branch_init == "fresh":
