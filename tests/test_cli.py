@@ -452,7 +452,8 @@ class TestMistakes:
         mistake(
             run("eval", trained / "student.safetensors"),
             2,
-            r"does not contain the path of its data, digits; pass --data FOLDER, with the 10 classes",
+            r"does not contain the path of its data, digits; pass --data FOLDER, with the 10"
+            r" classes",
         )
         for split in ("train", "val"):
             for name in ("cat", "dog"):
