@@ -220,10 +220,10 @@ def test_dali_policy_matches_torchvisions_operations(split, policy):
 def test_dali_autoaugment_has_torchvisions_magnitudes(name):
     """Every stage of every pair: operation, probability, and the parameter for a side of 331."""
     pytest.importorskip("nvidia.dali", reason="pip install -e '.[dali]'")
-    from fastokd.data.dali_policies import _learned_policy, _operations
+    from fastokd.data.dali_policies import learned_policy, policy_operations
 
-    transform, operations = v2.AutoAugment(v2.AutoAugmentPolicy(name)), _operations()
-    for pair, expected in zip(_learned_policy(name), transform._policies, strict=True):
+    transform, operations = v2.AutoAugment(v2.AutoAugmentPolicy(name)), policy_operations()
+    for pair, expected in zip(learned_policy(name), transform._policies, strict=True):
         for (index, probability, level), (title, wanted, at) in zip(pair, expected, strict=True):
             operation = operations[index]
             assert (operation.name.replace("_", ""), probability) == (title.lower(), wanted)

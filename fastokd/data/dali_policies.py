@@ -43,8 +43,8 @@ class DaliPolicy:
         elif self._name == "trivialaugment":
             self._operations = trivial_augment.get_trivial_augment_wide_suite(False, 32)
         else:
-            self._sub_policies = _learned_policy(self._options["policy"])
-            self._operations, self._bins, self.stages = _operations(), 10, 2
+            self._sub_policies = learned_policy(self._options["policy"])
+            self._operations, self._bins, self.stages = policy_operations(), 10, 2
 
     def draw(self, numbers: NDArray[np.float64]) -> list[NDArray[np.int32]]:
         """Operations, magnitudes and signs (1: negative) of images from their uniform numbers, each
@@ -95,7 +95,7 @@ class DaliPolicy:
         return images
 
 
-def _operations() -> list[Any]:
+def policy_operations() -> list[Any]:
     """DALI's operations with torchvision's ranges of magnitudes; the identity is the last."""
     from nvidia.dali.auto_aug import augmentations, rand_augment
 
@@ -103,12 +103,12 @@ def _operations() -> list[Any]:
     return [*suite, augmentations.invert, identity]
 
 
-def _learned_policy(name: str) -> list[Sequence[Stage]]:
+def learned_policy(name: str) -> list[Sequence[Stage]]:
     """One of torchvision's AutoAugment policies: pairs of DALI's operations, by their positions in
-    ``_operations``.
+    ``policy_operations``.
     """
     from torchvision.transforms import v2
 
-    index = {each.name.replace("_", ""): i for i, each in enumerate(_operations())}
+    index = {each.name.replace("_", ""): i for i, each in enumerate(policy_operations())}
     pairs = v2.AutoAugment(v2.AutoAugmentPolicy(name))._policies
     return [[(index[name.lower()], *rest) for name, *rest in pair] for pair in pairs]
