@@ -244,12 +244,12 @@ def offline(tmp_path, monkeypatch):
             ["--model", "resnet18", "--pretrained", "true"],
             r"https://download\.pytorch\.org/models/resnet18-f37072fd\.pth",
             r"copy that file to \S*/torch/hub/checkpoints/resnet18-f37072fd\.pth, or pass it with"
-            r" --weights FILE",
+            r" --weights FILE --normalization library",
         ),
         (
             ["--model", "timm:test_resnet", "--pretrained", "true"],
             r"https://huggingface\.co/timm/test_resnet\.r160_in1k/resolve/main/model\.safetensors",
-            r"copy that file here and pass it with --weights FILE",
+            r"copy that file here and pass it with --weights FILE --normalization library",
         ),
     ],
 )

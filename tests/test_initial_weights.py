@@ -19,6 +19,7 @@ from fastokd.train.export_run import export_run
 from fastokd.train.initial import (
     InitialWeights,
     check_initial,
+    normalization_of,
     pretrained,
     read_initial,
     read_weights,
@@ -450,6 +451,37 @@ def test_normalization_follows_the_weights_unless_told_otherwise(digits, normali
         assert given.mean == (0.485, 0.456, 0.406)
     without = prepared(dataclasses.replace(config, normalization="auto"), digits)
     assert (without.mean, without.std) == (digits.mean, digits.std)
+
+
+HALF = [0.5] * 3
+
+
+@pytest.mark.parametrize(
+    ("model", "mean", "std"),
+    [
+        ("timm:test_resnet", HALF, HALF),
+        ("torchvision:googlenet", HALF, HALF),
+        ("torchvision:resnet18", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ("resnet18", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ],
+)
+def test_library_states_the_normalization_of_its_network(digits, model, mean, std):
+    """Without a download, and with weights in a file."""
+    config = dataclasses.replace(CONFIG, model=model, weights="a.pt", normalization="library")
+    known = normalization_of(config, [InitialWeights("a.pt", {})])
+    assert [list(each) for each in known] == [mean, std]
+    dataset = prepared(config, digits, of_weights=known)
+    assert (list(dataset.mean), list(dataset.std)) == (mean, std)
+    again = prepared(config, digits, data_record(dataset, "resident"))
+    assert (again.mean, again.std) == (dataset.mean, dataset.std)
+
+
+def test_library_normalization_of_other_networks_is_refused():
+    message = "normalization=library: no trained weights are published for resnet8; .* use data"
+    with pytest.raises(ConfigError, match=message):
+        check_initial(dataclasses.replace(CONFIG, normalization="library"))
+    plain = dataclasses.replace(CONFIG, model="timm:test_resnet", normalization="library")
+    check_initial(plain)
 
 
 def test_unknown_normalization_of_weights_is_refused(digits):

@@ -75,6 +75,8 @@ def check_initial(config: TrainConfig) -> None:
     if config.pretrained:
         for name in config.model_names():
             published_weights(name)
+    if config.normalization == "library":
+        library_normalization(config)
 
 
 def read_initial(config: TrainConfig) -> list[InitialWeights]:
@@ -93,10 +95,25 @@ def read_initial(config: TrainConfig) -> list[InitialWeights]:
 def normalization_of(
     config: TrainConfig, initial: Sequence[InitialWeights]
 ) -> tuple[Any, Any] | None:
-    """The normalization of the student's initial weights, if known."""
+    """The normalization of the student's initial weights, if known, or that of its library."""
+    if config.normalization == "library":
+        return library_normalization(config)
     if not initial:
         return None
     return initial[config.kept_branch() if len(initial) > 1 else 0].normalization
+
+
+def library_normalization(config: TrainConfig) -> tuple[Any, Any]:
+    """The normalization that a library states for its weights of the student's network.
+
+    Raises:
+        ConfigError, MissingExtra: as ``published_weights``.
+    """
+    names = config.model_names()
+    name = names[config.kept_branch() if len(names) > 1 else 0]
+    fix = "use data, imagenet or weights"
+    weights = published_weights(name, "normalization=library", fix)
+    return weights.mean, weights.std
 
 
 def read_weights(path: Path) -> InitialWeights:
@@ -124,8 +141,13 @@ def read_weights(path: Path) -> InitialWeights:
     return found
 
 
-def published_weights(name: str) -> PretrainedWeights:
+def published_weights(
+    name: str, setting: str = "pretrained=True", fix: str = "pass a file with --weights"
+) -> PretrainedWeights:
     """The trained weights that a library publishes for a network of any kind.
+
+    Args:
+        setting, fix: the option that needs them and a replacement, for the error message.
 
     Raises:
         ConfigError, MissingExtra: as ``pretrained_weights``.
@@ -134,8 +156,8 @@ def published_weights(name: str) -> PretrainedWeights:
     if ":" not in name and name not in TWINS["torchvision"]:
         known = ", ".join(TWINS["torchvision"])
         raise ConfigError(
-            f"pretrained=True: no trained weights are published for {name}; they are for {known},"
-            " torchvision:NAME and timm:NAME. Pass a file with --weights"
+            f"{setting}: no trained weights are published for {name}; they are for {known},"
+            f" torchvision:NAME and timm:NAME; {fix}"
         )
     full = name if ":" in name else f"torchvision:{TWINS['torchvision'][name]}"
     library, _, network = full.partition(":")
@@ -150,7 +172,8 @@ def pretrained(name: str) -> InitialWeights:
         ConfigError, MissingExtra: as ``published_weights``.
     """
     weights = published_weights(name)
-    tensors = without_auxiliary(weights.name, weights.read("pass it with --weights FILE"))
+    fix = "pass it with --weights FILE --normalization library"
+    tensors = without_auxiliary(weights.name, weights.read(fix))
     normalization = (weights.mean, weights.std)
     return InitialWeights(f"trained weights of {weights.name}", tensors, None, normalization)
 

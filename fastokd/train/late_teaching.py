@@ -122,8 +122,8 @@ def build_step(
     step = TrainStep(config, model, device, rows, criterion)
     if initial and config.normalization == "auto" and normalization_of(config, initial) is None:
         notes.append(
-            "the weights do not state their normalization, so the data's is used; for weights"
-            " trained on ImageNet pass --normalization imagenet"
+            "the weights do not state their normalization, so the data's is used; pass"
+            " --normalization library for a library's weights, or imagenet for others trained on it"
         )
     step.notes = [*notes, *describe_fine_tuning(config)]
     if student is not None:
