@@ -301,7 +301,7 @@ def test_fine_tuned_network_of_timm_resumes_and_is_exported(tmp_path, digits):
     log = straight.run_folder.log_path.read_text()
     for line in (
         "timm:test_resnet, method ahbf (paper), 2 branches from layer3 on, on cpu",
-        "7.pth, entry 'model' (SHA-256 ",
+        "7.pth, entry 'model' (SHA-256 of the tensors: ",
         "): 75 tensors loaded; new: fc.weight, fc.bias",
         "the other branches start as copies of the student's, without noise because their views",
         "normalization: mean ",

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 from test_interruption import assert_equal, outcome
 
 from fastokd.errors import CheckpointError, ConfigError
+from fastokd.experiments.analysis.runs import read_runs
+from fastokd.export import load_student
 from fastokd.models import create_model, create_student
 from fastokd.train.compute import student_alone
 from fastokd.train.config import identity_fields
@@ -29,7 +31,7 @@ from fastokd.train.initial import (
 from fastokd.train.progress import Reporter
 from fastokd.train.rules import check_config
 from fastokd.train.run_folder import RunFolder
-from fastokd.train.runs import load_run, newest_checkpoint
+from fastokd.train.runs import load_run, newest_checkpoint, run_identity
 from fastokd.train.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -377,7 +379,8 @@ def test_run_starts_from_weights_and_resumes_without_the_file(tmp_path, trained,
     assert all(torch.equal(average[name], value) for name, value in state.items())
     straight.run()
     log = straight.run_folder.log_path.read_text()
-    assert f"weights from {file} (SHA-256 " in log
+    digest = read_weights(file).fingerprint[:12]
+    assert f"weights from {file} (SHA-256 of the tensors: {digest}): " in log
     assert "the other branches start as copies of the student's" in log
 
     first = make(config, tmp_path / "resumed", digits)
@@ -390,6 +393,56 @@ def test_run_starts_from_weights_and_resumes_without_the_file(tmp_path, trained,
     second.run()
     assert_equal(outcome(second), outcome(straight))
     assert export_run(tmp_path / "resumed").path.is_file()
+
+
+def test_copies_of_one_file_of_weights_make_one_run(tmp_path, trained, digits):
+    """Also in another format; a changed file at the same path makes another run."""
+    state = dict(read_weights(trained).tensors)
+    torch.save(state, tmp_path / "a.pth")
+    file = tmp_path / "b.safetensors"
+    save_file({name: value.contiguous() for name, value in state.items()}, file)
+    config = dataclasses.replace(CONFIG, weights=str(tmp_path / "a.pth"), epochs=1)
+
+    def train(name, **changes):
+        run = make(dataclasses.replace(config, **changes), tmp_path / name, digits)
+        run.run()
+        return run.run_folder
+
+    first, other = train("first"), train("other", weights=str(file), seed=1)
+    same = train("same", weights=str(file))
+    torch.save({**state, "fc.bias": state["fc.bias"] + 1}, tmp_path / "a.pth")
+    changed = [train("changed"), train("changed again", seed=2)]
+    identities = [
+        load_student(folder.path)[1]["provenance"]["run"] for folder in (first, same, changed[0])
+    ]
+    assert identities[0] == identities[1] != identities[2]
+    exported = load_student(export_run(first.path, out=tmp_path / "export").path)
+    assert exported[1]["provenance"]["run"] == identities[0]
+    one, two = read_runs([first.path, other.path, changed[1].path])
+    assert [run.config.seed for run in one.runs] == [0, 1]
+    assert "weights" in one.label
+    assert one.label != two.label
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_resumed_run_keeps_its_identity_without_the_file(tmp_path, trained, digits, is_old):
+    """Runs of earlier versions recorded no fingerprint of the weights."""
+    torch.save(dict(read_weights(trained).tensors), file := tmp_path / "w.pth")
+    config = dataclasses.replace(CONFIG, weights=str(file))
+    make(config, tmp_path / "run", digits).run(until=1)
+    file.unlink()
+    run = RunFolder.open(tmp_path / "run")
+    state, _ = newest_checkpoint(run, print)
+    weights = state.pop("weights") if is_old else state["weights"]
+    assert state["config_hash"] == run_identity(config, digits.fingerprint, weights=weights)
+    second = Trainer(config, run, Reporter(quiet=True), digits, saved_data=state["data"])
+    second.resume(state)
+    second.run()
+    state, _ = newest_checkpoint(run, print)
+    expected = None if is_old else weights
+    assert state.get("weights") == expected
+    identity = run_identity(config, digits.fingerprint, weights=expected)
+    assert load_student(run.path)[1]["provenance"]["run"] == identity[:12]
 
 
 def test_late_teaching_starts_from_weights(tmp_path, trained, digits):

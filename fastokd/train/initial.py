@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,11 @@ class InitialWeights:
     tensors: Mapping[str, Tensor]
     classes: Sequence[str] | None = None
     normalization: tuple[Any, Any] | None = None
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A SHA-256 of names and values: the same for all copies and formats of a file."""
+        return fingerprint(dict(sorted(self.tensors.items())))
 
 
 # --- reading
@@ -285,8 +291,8 @@ def _load_into(
         own[name].copy_(given[name])
     new = [name for name in needed if name not in matched]
     unused = [name for name in given if name not in own]
-    digest = fingerprint(given)[:12]
-    line = f"weights from {initial.source} (SHA-256 {digest}): {common} tensors loaded"
+    digest = f"SHA-256 of the tensors: {initial.fingerprint[:12]}"
+    line = f"weights from {initial.source} ({digest}): {common} tensors loaded"
     if new:
         line += f"; new: {summarize(new)}"
     if unused:
