@@ -356,12 +356,17 @@ def test_published_timm_weights_state_their_normalization(tmp_path, digits, monk
     ours = found.network.eval()(normalized(data.mean, data.std))
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
-    # The same weights in a file, by the choice "library"
-    spec = f"timm:test_resnet:{tmp_path / 'model.safetensors'}"
-    for changes in (
-        {"teacher_normalization": "library"},
-        {"method": "kd", "branches": 1, "method_options": {"teacher_normalization": "library"}},
+    # The same weights in a file, also with Lightning's prefix, by the choice "library"
+    prefixed = {f"model.{name}": each for name, each in network.state_dict().items()}
+    torch.save({"state_dict": prefixed}, tmp_path / "last.ckpt")
+    for file, changes in (
+        ("last.ckpt", {"teacher_normalization": "library"}),
+        (
+            "model.safetensors",
+            {"method": "kd", "branches": 1, "method_options": {"teacher_normalization": "library"}},
+        ),
     ):
+        spec = f"timm:test_resnet:{tmp_path / file}"
         of_file = dataclasses.replace(CONFIG, teacher=spec, **changes)
         check_config(of_file)
         check_teacher(of_file)
@@ -382,7 +387,7 @@ def test_published_timm_weights_state_their_normalization(tmp_path, digits, monk
             open_teacher(each, data, torch.device("cpu"))
 
 
-def test_library_teacher_of_other_classes_is_refused_by_their_number(tmp_path, digits):
+def test_library_teacher_of_other_classes_is_refused(tmp_path, digits):
     torch.save(create_student("timm:test_resnet", 7).state_dict(), path := tmp_path / "seven.pt")
     config = dataclasses.replace(CONFIG, teacher=f"timm:test_resnet:{path}")
     message = r"seven\.pt has weights for 7 classes, the data has 10; use a teacher with the same"

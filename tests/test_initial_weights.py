@@ -21,6 +21,7 @@ from fastokd.train.export_run import export_run
 from fastokd.train.initial import (
     InitialWeights,
     check_initial,
+    normalization_notes,
     normalization_of,
     pretrained,
     read_initial,
@@ -33,6 +34,7 @@ from fastokd.train.rules import check_config
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.runs import load_run, newest_checkpoint, run_identity
 from fastokd.train.trainer import Trainer
+from fastokd.train.weight_files import without_prefix
 
 CPU = torch.device("cpu")
 CONFIG = SHORT_RUN
@@ -99,7 +101,7 @@ def test_new_classes_get_a_fresh_last_layer_in_every_branch():
     model = create_model("resnet8", "one", 4, 3)
     heads = [dict(branch.head.state_dict()) for branch in create_model_again("one").branches]
     lines = start_from(model, [initial(network)])
-    assert "new: fc.weight, fc.bias" in lines[0]
+    assert "new: fc.weight, fc.bias (7 classes in the file, 4 in the data)" in lines[0]
     for branch, head in zip(model.branches, heads, strict=True):
         assert all(
             torch.equal(value, head[name]) for name, value in branch.head.state_dict().items()
@@ -128,7 +130,8 @@ def test_last_layer_is_kept_only_for_the_same_class_names(classes, same):
     model = create_model("resnet8", "baseline", 3)
     lines = start_from(model, [initial(network, classes=list("abc"))], classes=classes)
     assert torch.equal(logits(model)[0], logits(network)) is same
-    assert ("new: fc.weight, fc.bias" in lines[0]) is not same
+    reason = "(other classes than the file's (not in the data: c; only in the data: d))"
+    assert (f"new: fc.weight, fc.bias {reason}" in lines[0]) is not same
 
 
 @pytest.mark.parametrize("method", ["one", "dml"])
@@ -144,7 +147,7 @@ def test_branches_of_equal_depth_differ_by_noise_on_their_heads(method):
 
 
 @pytest.mark.parametrize("missing", ["conv1.weight", "bn1.weight", "fc.bias"])
-def test_equal_branches_get_noise_if_the_weights_miss_a_tensor_that_they_share(missing):
+def test_equal_branches_with_missing_shared_tensor_get_noise(missing):
     state = moved(create_student("resnet8", 4)).state_dict()
     del state[missing]
     model = create_model("resnet8", "one", 4, 3)
@@ -189,6 +192,7 @@ def test_different_peers_start_from_their_own_files():
 
 
 def wrappings(state):
+    extra = {"loss.weight": torch.ones(1)} if state else {}
     return {
         "plain": state,
         "module": {f"module.{name}": value for name, value in state.items()},
@@ -196,6 +200,8 @@ def wrappings(state):
         "state_dict": {"epoch": 3, "state_dict": state},
         "model in model": {"model": {"model": {f"module.{k}": v for k, v in state.items()}}},
         "only an average": {"model_ema": {f"module.{k}": v for k, v in state.items()}, "step": 4},
+        "Lightning": {"state_dict": {f"model.{k}": v for k, v in state.items()} | extra},
+        "average of timm": {"ema": {"module": state}},
         "half precision": {k: v.half() if v.is_floating_point() else v for k, v in state.items()},
     }
 
@@ -204,14 +210,32 @@ def wrappings(state):
 def test_file_in_any_wrapper_is_read(tmp_path, wrapping):
     state = create_student("resnet8", 4).state_dict()
     torch.save(wrappings(state)[wrapping], tmp_path / "weights.pth")
-    found = read_weights(tmp_path / "weights.pth").tensors
-    assert found.keys() == state.keys()
+    found = without_prefix(read_weights(tmp_path / "weights.pth").tensors, state)
+    assert found.keys() - {"loss.weight"} == state.keys()
     for name, value in state.items():
         expected = value.half() if wrapping == "half precision" else value
         assert torch.equal(found[name].float(), expected.float())
 
 
-def test_weights_are_preferred_to_their_average_and_the_entry_is_named(tmp_path):
+def test_prefix_of_all_names_is_removed():
+    network = moved(create_student("resnet8", 4))
+    prefixed = {f"net.model.{name}": value for name, value in network.state_dict().items()}
+    model = create_model("resnet8", "baseline", 4)
+    (line,) = start_from(model, [InitialWeights("w.ckpt", prefixed)])
+    assert torch.equal(logits(model)[0], logits(network))
+    assert "not used" not in line
+
+
+def test_eight_bit_weights_are_read(tmp_path):
+    state = create_student("resnet8", 4).state_dict()
+    small = {"fc.weight": state["fc.weight"].to(torch.float8_e4m3fn)}
+    torch.save({**state, **small}, tmp_path / "w.pth")
+    model = create_model("resnet8", "baseline", 4)
+    start_from(model, [read_weights(tmp_path / "w.pth")])
+    assert torch.equal(model.student().fc.weight, small["fc.weight"].float())
+
+
+def test_weights_are_preferred_to_their_average(tmp_path):
     state = {"a.weight": torch.ones(2)}
     content = {"model": state, "model_ema": {"a.weight": torch.zeros(2)}}
     torch.save(content, tmp_path / "w.pt")
@@ -467,7 +491,7 @@ def test_relative_path_of_weights_is_stored_absolute(tmp_path, trained, digits, 
     assert f"weights: {trained}" in (tmp_path / "run/config.yaml").read_text()
 
 
-def test_student_alone_starts_from_the_same_weights_at_the_same_split():
+def test_student_alone_has_the_same_weights_and_split():
     config = dataclasses.replace(
         CONFIG, model="timm:test_resnet", at="layer3", weights="a.pt", branch_init="fresh"
     )
@@ -488,7 +512,7 @@ def test_student_alone_starts_from_the_same_weights_at_the_same_split():
     ("normalization", "expected"),
     [("auto", (0.5, 0.2)), ("weights", (0.5, 0.2)), ("data", None), ("imagenet", None)],
 )
-def test_normalization_follows_the_weights_unless_told_otherwise(digits, normalization, expected):
+def test_normalization_follows_the_weights_by_default(digits, normalization, expected):
     config = dataclasses.replace(CONFIG, weights="a.pt", normalization=normalization)
     known = ((0.5,) * 3, (0.2,) * 3)
     given = prepared(config, digits, of_weights=known)
@@ -535,6 +559,27 @@ def test_library_normalization_of_other_networks_is_refused():
         check_initial(dataclasses.replace(CONFIG, normalization="library"))
     plain = dataclasses.replace(CONFIG, model="timm:test_resnet", normalization="library")
     check_initial(plain)
+
+
+def test_other_normalization_of_a_peers_weights_is_reported(tmp_path, digits):
+    """All networks get the images of the student."""
+    config = dataclasses.replace(CONFIG, method="baseline", branches=None, epochs=1)
+    for name, mean in (("a", 0.4), ("b", 0.5)):
+        other = dataclasses.replace(digits, mean=(mean,) * 3)
+        make(config, tmp_path / name, other).run(until=1)
+    line = f"the weights from {tmp_path}/b/student.safetensors are for another normalization"
+    for files, is_reported in ((("a", "b"), True), (("a", "a"), False)):
+        peers = dataclasses.replace(
+            config,
+            method="dml",
+            model="resnet8,resnet8",
+            weights=",".join(str(tmp_path / file) for file in files),
+        )
+        notes = make(peers, tmp_path / f"run{is_reported}", digits).step.notes
+        assert any(note.startswith(line) for note in notes) is is_reported
+    assert not normalization_notes(
+        dataclasses.replace(peers, normalization="data"), read_initial(peers)
+    )
 
 
 def test_unknown_normalization_of_weights_is_refused(digits):

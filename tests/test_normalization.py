@@ -53,7 +53,7 @@ def statistics(data):
 
 
 def normalized(file, normalization):
-    """What a network gets for a file, [3, H, W]."""
+    """The normalized pixels of a file, [3, H, W]."""
     mean, std = normalization
     return ((pixels(file) - mean) / std).transpose(2, 0, 1)
 

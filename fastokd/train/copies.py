@@ -146,12 +146,12 @@ def _inputs(
     branch = copy.deepcopy(branch).eval()
     arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
-    def keep(path: str, given: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if given and isinstance(given[0], Tensor):
-            arguments[path] = (given[0].clone(), *given[1:]), options
+    def keep(path: str, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if inputs and isinstance(inputs[0], Tensor):
+            arguments[path] = (inputs[0].clone(), *inputs[1:]), options
 
     for path in paths:
-        hook = functools.partial(lambda path, _, *given: keep(path, *given), path)
+        hook = functools.partial(lambda path, _, *inputs: keep(path, *inputs), path)
         branch.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
     branch(_trunk_maps(trunk, image_size))
     return arguments

@@ -23,7 +23,7 @@ from fastokd.train.config import TrainConfig, one_teacher
 from fastokd.train.config_files import load_config, load_run_plugins
 from fastokd.train.data import AnyDataset, Normalization
 from fastokd.train.pretrained import pretrained_weights
-from fastokd.train.weight_files import fingerprint, read_file, unwrapped
+from fastokd.train.weight_files import fingerprint, read_file, unwrapped, without_prefix
 
 RESIDENT_BYTES = 2**30
 """Stored rows up to this size are kept on the device; of larger ones each batch reads its own."""
@@ -351,6 +351,7 @@ def _with_weights(
 ) -> nn.Module:
     full_name = f"{library}:{name}"
     network = library_network(full_name, num_classes)
+    weights = without_prefix(weights, network.state_dict())
     others = {
         value.shape[0]
         for name, value in weights.items()
