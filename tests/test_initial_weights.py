@@ -327,6 +327,20 @@ def test_pretrained_weights_come_from_the_cache_of_torchvision(tmp_path, monkeyp
         assert torch.equal(model.student().conv1.weight, network.conv1.weight)
 
 
+def test_pretrained_weights_of_timm_come_from_its_cache(tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm")
+    network = moved(timm.create_model("test_resnet"))
+    save_file(network.state_dict(), file := tmp_path / "model.safetensors")
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", lambda **_: str(file))
+    weights = pretrained("timm:test_resnet")
+    assert weights.source == "trained weights of timm:test_resnet"
+    assert [list(each) for each in weights.normalization] == [HALF, HALF]
+    model = create_model("timm:test_resnet", "ahbf", 1000, 2, 1, at="layer4")
+    start_from(model, [weights])
+    for row in logits(model):
+        torch.testing.assert_close(row, logits(network))
+
+
 def test_download_without_network_names_address_and_file(tmp_path, monkeypatch):
     import urllib.request
 
