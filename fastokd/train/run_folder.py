@@ -176,13 +176,13 @@ class RunFolder:
         device: torch.device,
         precision: str,
         data: dict[str, Any],
-        fingerprints: Mapping[str, str],
+        fingerprints: Mapping[str, str] | None = None,
     ) -> None:
         """Write the environment of a new run, with the precision that "auto" has chosen, the
         description of its data and the fingerprints of its frozen teacher and initial weights.
         """
         now = {**environment(device), "precision": precision}
-        inputs = {"data": data, **fingerprints}
+        inputs = {"data": data, **(fingerprints or {})}
         write_json(self.environment_path, {**now, **inputs, "sessions": [_session(now)]})
 
     def read_environment(self) -> dict[str, Any]:
