@@ -356,15 +356,38 @@ def test_published_timm_weights_state_their_normalization(tmp_path, digits, monk
     ours = found.network.eval()(normalized(data.mean, data.std))
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
+    # The same weights in a file, also with Lightning's prefix, by the choice "library"
+    prefixed = {f"model.{name}": each for name, each in network.state_dict().items()}
+    torch.save({"state_dict": prefixed}, tmp_path / "last.ckpt")
+    for file, changes in (
+        ("last.ckpt", {"teacher_normalization": "library"}),
+        (
+            "model.safetensors",
+            {"method": "kd", "branches": 1, "method_options": {"teacher_normalization": "library"}},
+        ),
+    ):
+        spec = f"timm:test_resnet:{tmp_path / file}"
+        of_file = dataclasses.replace(CONFIG, teacher=spec, **changes)
+        check_config(of_file)
+        check_teacher(of_file)
+        same = open_teacher(of_file, data, torch.device("cpu"))
+        assert torch.equal(same.network.eval()(normalized(data.mean, data.std)), ours)
+        assert same.normalization == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
     def fail(**options):
         raise OSError("no network")
 
     monkeypatch.setattr(hub, "hf_hub_download", fail)
-    with pytest.raises(CheckpointError, match=r"https://huggingface\.co/timm/test_resnet\."):
-        open_teacher(config, data, torch.device("cpu"))
+    by_field = r"timm:test_resnet:FILE with --teacher-normalization library"
+    by_option = r"timm:test_resnet:FILE with --method-options teacher_normalization=library"
+    of_kd = dataclasses.replace(config, method="kd", branches=1)
+    for each, advice in ((config, by_field), (of_kd, by_option)):
+        message = rf"https://huggingface\.co/timm/test_resnet\..*{advice}"
+        with pytest.raises(CheckpointError, match=message):
+            open_teacher(each, data, torch.device("cpu"))
 
 
-def test_library_teacher_of_other_classes_is_refused_by_their_number(tmp_path, digits):
+def test_library_teacher_of_other_classes_is_refused(tmp_path, digits):
     torch.save(create_student("timm:test_resnet", 7).state_dict(), path := tmp_path / "seven.pt")
     config = dataclasses.replace(CONFIG, teacher=f"timm:test_resnet:{path}")
     message = r"seven\.pt has weights for 7 classes, the data has 10; use a teacher with the same"

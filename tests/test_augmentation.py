@@ -2,6 +2,7 @@
 and position in every loader.
 """
 
+import numpy as np
 import pytest
 import torch
 from stream_loaders import LEVELS, dali, torchvision, write_split
@@ -196,22 +197,46 @@ def test_streamed_images_depend_on_seed_epoch_and_position(split, make, augment)
         each.close()
 
 
-def test_dali_policy_matches_torchvisions_operations(split):
+@pytest.mark.parametrize("policy", ["randaugment", "trivialaugment", "autoaugment"])
+def test_dali_policy_matches_torchvisions_operations(split, policy):
     """The mean change of many images is that of torchvision's policy."""
     changes = []
     for make in (dali, torchvision):
         images = {}
-        for policy in ("none", "trivialaugment"):
-            augment = Augment(policy=policy)
+        for name in ("none", policy):
+            augment = Augment(policy=name)
             loader = streamed(make, split, augment)
-            images[policy] = []
+            images[name] = []
             for epoch in range(8):
                 loader.set_epoch(epoch)
-                images[policy].append(pixels(loader))
+                images[name].append(pixels(loader))
             loader.close()
-        difference = torch.cat(images["trivialaugment"]) - torch.cat(images["none"])
+        difference = torch.cat(images[policy]) - torch.cat(images["none"])
         changes.append(difference.abs().mean().item())
     assert changes[0] == pytest.approx(changes[1], rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["imagenet", "cifar10", "svhn"])
+def test_dali_autoaugment_has_torchvisions_magnitudes(name):
+    """Every stage of every pair: operation, probability, and the parameter for a side of 331."""
+    pytest.importorskip("nvidia.dali", reason="pip install -e '.[dali]'")
+    from fastokd.data.dali_policies import learned_policy, policy_operations
+
+    transform, operations = v2.AutoAugment(v2.AutoAugmentPolicy(name)), policy_operations()
+    for pair, expected in zip(learned_policy(name), transform._policies, strict=True):
+        for (index, probability, level), (title, wanted, at) in zip(pair, expected, strict=True):
+            operation = operations[index]
+            assert (operation.name.replace("_", ""), probability) == (title.lower(), wanted)
+            values, signed = transform._AUGMENTATION_SPACE[title]
+            assert operation.randomly_negate == signed
+            if (theirs := values(10, 331, 331)) is None:
+                assert level is None
+                continue
+            magnitude = np.linspace(*operation.mag_range, 10)[level]
+            if title == "Posterize":
+                magnitude = int(operation.mag_to_param(magnitude)).bit_count()
+            factor = {"Solarize": 1 / 256, "TranslateX": 331, "TranslateY": 331}.get(title, 1)
+            assert magnitude * factor == pytest.approx(float(theirs[at]), abs=1e-4)
 
 
 def test_dali_refuses_unsupported_augmentation(split):

@@ -69,14 +69,32 @@ def broken_files(folder):
         r" model's is \[32, 16, 3, 3\]",
     )
     torch.save(resnet8(**{"bn1.bias": torch.full((16,), torch.nan)}), folder / "nan.pth")
-    yield "nan.pth", r"nan\.pth: 'bn1\.bias' has NaN or infinite values"
+    yield "nan.pth", r"nan\.pth: 'bn1\.bias' has NaN or infinite values; use another file"
+    eighth = torch.full((16,), torch.nan).to(torch.float8_e4m3fn)
+    torch.save(resnet8(**{"bn1.bias": eighth}), folder / "nan8.pth")
+    yield "nan8.pth", r"nan8\.pth: 'bn1\.bias' has NaN or infinite values; use another file"
     torch.save({"epoch": 3, "best": 0.5}, folder / "numbers.pth")
-    yield "numbers.pth", r"numbers\.pth has no weights: no dictionary of tensors \(epoch, best\)"
+    yield (
+        "numbers.pth",
+        r"numbers\.pth has no weights: no dictionary of tensors \(epoch, best\); save the weights",
+    )
+    for name, content in (("list", [1]), ("tensor", torch.ones(1)), ("none", {"state_dict": {}})):
+        torch.save(content, folder / f"{name}.pth")
+        yield f"{name}.pth", rf"{name}\.pth has no weights: no dictionary of tensors; save"
+    (folder / "empty.pth").touch()
+    yield "empty.pth", r"empty\.pth is damaged or not a file of weights \(the file is empty\)"
+    packed = torch.zeros(16, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    torch.save(resnet8(**{"bn1.bias": packed}), folder / "packed.pth")
+    yield (
+        "packed.pth",
+        r"packed\.pth: 'bn1\.bias' has values of type float4_e2m1fn_x2, which cannot be converted",
+    )
     torch.save(create_student("vgg13", 10).state_dict(), folder / "vgg.pth")
     yield (
         "vgg.pth",
-        r"vgg\.pth is of another architecture: 0 of 47 tensors match CifarResNet; missing, e\.g\."
-        r" conv1\.weight \(closest: \S+\), bn1\.weight \(closest: ",
+        r"vgg\.pth is of another architecture: 0 of 47 tensors match; missing, e\.g\."
+        r" conv1\.weight \(closest: \S+\), bn1\.weight \(closest: \S+\), .*; pass the network that"
+        r" the file belongs to with --model \(given: resnet8\)",
     )
     (folder / "folder").mkdir()
     yield "folder", r"folder is not a run folder: it has no student\.safetensors"
@@ -113,7 +131,7 @@ def test_unreadable_file_is_refused(tmp_path, monkeypatch):
     ("model", "file", "message"),
     [
         ("resnet8", "resnet14", "layer1 has 2 modules, the model's has 1"),
-        ("resnet14", "resnet8", "layer1 has 1 modules, the model's has 2"),
+        ("resnet14", "resnet8", "layer1 has 1 module, the model's has 2"),
         ("resnet18_imagenet", "torchvision:resnet34", "layer1 has 3 modules, the model's has 2"),
         ("timm:resnet18", "timm:resnet34", "layer1 has 3 modules, the model's has 2"),
     ],
@@ -244,12 +262,12 @@ def offline(tmp_path, monkeypatch):
             ["--model", "resnet18", "--pretrained", "true"],
             r"https://download\.pytorch\.org/models/resnet18-f37072fd\.pth",
             r"copy that file to \S*/torch/hub/checkpoints/resnet18-f37072fd\.pth, or pass it with"
-            r" --weights FILE",
+            r" --weights FILE --normalization library",
         ),
         (
             ["--model", "timm:test_resnet", "--pretrained", "true"],
             r"https://huggingface\.co/timm/test_resnet\.r160_in1k/resolve/main/model\.safetensors",
-            r"copy that file here and pass it with --weights FILE",
+            r"copy that file here and pass it with --weights FILE --normalization library",
         ),
     ],
 )
@@ -296,7 +314,7 @@ def test_frozen_trunk_is_all_before_the_split(at, method):
     assert "trunk" not in parts[first:]
 
 
-def test_network_alone_with_a_frozen_trunk_is_split_as_with_branches():
+def test_network_alone_with_frozen_trunk_has_the_same_split():
     for method, count in (("baseline", 1), ("ahbf", 3)):
         config = dataclasses.replace(
             SHORT_RUN, model="timm:test_resnet", method=method, branches=count, freeze_epochs=1

@@ -32,6 +32,21 @@ SMALL = TrainConfig(
 )
 
 
+def test_fine_tuning_page_has_the_measured_errors():
+    root = Path(__file__).parents[1]
+    result = json.loads((root / "bench/results/accuracy-fine-tuning-cpu.json").read_text())
+    text = " ".join((root / "docs/fine-tuning.md").read_text().split())
+    for row, words in (
+        ("from scratch", "error from scratch"),
+        ("alone from the weights", "alone from the weights"),
+        ("AHBF from the weights", "with AHBF,"),
+        ("AHBF and a teacher from the weights", "with AHBF and a teacher."),
+    ):
+        runs = [run for run in result["runs"] if run["row"] == row]
+        error = statistics.mean(100 * (1 - run["last"][run["student"]]) for run in runs)
+        assert f"{error:.1f} % {words}" in text
+
+
 def write_images(root, splits=("train", "test"), count=16, seed=0):
     """Two classes of random 8 x 8 images; returns the folder."""
     rng = np.random.default_rng(seed)

@@ -200,6 +200,29 @@ def test_show_prints_terms_and_formats(run):
     assert "eps=1e-07" in out
 
 
+def test_show_draws_the_frozen_teacher(run):
+    options = ("--teacher", "--teacher-to", "branches", "--teacher-weight", "0.5")
+    code, out, _ = run("show", "ahbf", "--branches", "3", *options, "--teacher-temperature", "2")
+    assert code == 0
+    for branch in ("branch1", "branch2", "branch3"):
+        assert f"2  KL(teacher || {branch})  teaches {branch}; T=2" in out
+    for plain in (("show", "kd"), ("show", "kd", "--method-options", "teacher=runs/a")):
+        code, out, _ = run(*plain)
+        assert code == 0
+        assert "KL(teacher || branch1)" in out
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("ahbf", r"teacher_weight=5.0: there is no teacher; pass --teacher"),
+        ("kd", r"teacher_weight=5.0: method 'kd' sets its teacher's terms by --method-options"),
+    ],
+)
+def test_show_refuses_unused_teacher_options(run, method, message):
+    mistake(run("show", method, "--teacher-weight", "5"), 2, message)
+
+
 def test_doctor_reports_environment(run):
     code, out, _ = run("doctor")
     assert code == 0
@@ -452,7 +475,8 @@ class TestMistakes:
         mistake(
             run("eval", trained / "student.safetensors"),
             2,
-            r"does not contain the path of its data, digits; pass --data FOLDER, with the 10",
+            r"does not contain the path of its data, digits; pass --data FOLDER, with the 10"
+            r" classes",
         )
         for split in ("train", "val"):
             for name in ("cat", "dog"):

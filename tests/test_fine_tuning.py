@@ -234,7 +234,7 @@ def test_frozen_parts_do_not_change_in_weights_and_statistics(method, flat, fiel
         assert "head" in parts
 
 
-def test_frozen_parts_count_neither_for_clipping_nor_for_momentum():
+def test_frozen_parts_are_not_clipped_and_get_no_momentum():
     config = dataclasses.replace(CONFIG, freeze_epochs=1, head_epochs=1, clip_grad=0.01)
     step, _ = trained_step(config, count=1)
     norms = dict(zip(step.optimizers.parts, step.optimizers.norms, strict=True))
@@ -301,12 +301,12 @@ def test_fine_tuned_network_of_timm_resumes_and_is_exported(tmp_path, digits):
     log = straight.run_folder.log_path.read_text()
     for line in (
         "timm:test_resnet, method ahbf (paper), 2 branches from layer3 on, on cpu",
-        "7.pth, entry 'model' (SHA-256 ",
+        "7.pth, entry 'model' (SHA-256 of the tensors: ",
         "): 75 tensors loaded; new: fc.weight, fc.bias",
         "the other branches start as copies of the student's, without noise because their views",
         "normalization: mean ",
         "augmentation: random crops after padding by 1 pixels, trivialaugment; 2 views of each",
-        "the weights do not state their normalization, so the data's is used; for weights trained",
+        "the weights do not state their normalization, so the data's is used; pass --normalizat",
         "stochastic depth: 0.2 in the last residual block",
         "; label smoothing 0.1",
         "fine-tuning: layer_decay=0.8, freeze_epochs=2, head_epochs=1; the trunk is all before lay",

@@ -135,8 +135,11 @@ def differences_after_training(tmp_path, digits, monkeypatch, separated=True, **
     """The largest difference of two branches' logits after an epoch from trained weights."""
     if not separated:
         monkeypatch.setattr(initial_weights, "separate", lambda *_: 0)
-    torch.save(moved(create_student("resnet8", 10)).state_dict(), tmp_path / "w.pth")
-    config = dataclasses.replace(SHORT_RUN, epochs=1, weights=str(tmp_path / "w.pth"), **changes)
+    names = changes.get("model", "resnet8").split(",")
+    files = [str(tmp_path / f"{name}.pth") for name in names]
+    for name, file in zip(names, files, strict=True):
+        torch.save(moved(create_student(name, 10)).state_dict(), file)
+    config = dataclasses.replace(SHORT_RUN, epochs=1, weights=",".join(files), **changes)
     trainer = make(config, tmp_path / "run", digits)
     trainer.run()
     rows = list(logits(trainer.model))
@@ -153,7 +156,11 @@ VIEWS = {**EQUAL_DEPTH, "branch_views": True, "auto_augment": "trivialaugment"}
         (EQUAL_DEPTH, "copies of the student's, with noise on the last layers of 2 of equal depth"),
         (
             {"method": "dml", "branches": 2},
-            "1 peers equal the student's: noise is added to their last layers",
+            "noise is added to the last layers of 1 peer with the weights of another peer",
+        ),
+        (
+            {"method": "dml", "model": "resnet14,resnet8,resnet8", "branches": None},
+            "noise is added to the last layers of 1 peer with the weights of another peer",
         ),
     ],
 )
@@ -166,7 +173,7 @@ def test_noise_separates_branches_and_peers_of_equal_depth(
 
 
 def test_copies_stay_equal_without_any_difference(tmp_path, digits, monkeypatch):
-    """What the noise is for; depth and views make copies differ without it."""
+    """Noise is needed; with depth or views, copies differ without it."""
     alike = differences_after_training(tmp_path, digits, monkeypatch, False, **EQUAL_DEPTH)
     assert max(alike) < 1e-5
 

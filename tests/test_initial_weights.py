@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 from test_interruption import assert_equal, outcome
 
 from fastokd.errors import CheckpointError, ConfigError
+from fastokd.experiments.analysis.runs import read_runs
+from fastokd.export import load_student
 from fastokd.models import create_model, create_student
 from fastokd.train.compute import student_alone
 from fastokd.train.config import identity_fields
@@ -19,6 +21,8 @@ from fastokd.train.export_run import export_run
 from fastokd.train.initial import (
     InitialWeights,
     check_initial,
+    normalization_notes,
+    normalization_of,
     pretrained,
     read_initial,
     read_weights,
@@ -28,8 +32,9 @@ from fastokd.train.initial import (
 from fastokd.train.progress import Reporter
 from fastokd.train.rules import check_config
 from fastokd.train.run_folder import RunFolder
-from fastokd.train.runs import load_run, newest_checkpoint
+from fastokd.train.runs import load_run, newest_checkpoint, run_identity
 from fastokd.train.trainer import Trainer
+from fastokd.train.weight_files import without_prefix
 
 CPU = torch.device("cpu")
 CONFIG = SHORT_RUN
@@ -96,7 +101,7 @@ def test_new_classes_get_a_fresh_last_layer_in_every_branch():
     model = create_model("resnet8", "one", 4, 3)
     heads = [dict(branch.head.state_dict()) for branch in create_model_again("one").branches]
     lines = start_from(model, [initial(network)])
-    assert "new: fc.weight, fc.bias" in lines[0]
+    assert "new: fc.weight, fc.bias (7 classes in the file, 4 in the data)" in lines[0]
     for branch, head in zip(model.branches, heads, strict=True):
         assert all(
             torch.equal(value, head[name]) for name, value in branch.head.state_dict().items()
@@ -125,7 +130,8 @@ def test_last_layer_is_kept_only_for_the_same_class_names(classes, same):
     model = create_model("resnet8", "baseline", 3)
     lines = start_from(model, [initial(network, classes=list("abc"))], classes=classes)
     assert torch.equal(logits(model)[0], logits(network)) is same
-    assert ("new: fc.weight, fc.bias" in lines[0]) is not same
+    reason = "(other classes than the file's (not in the data: c; only in the data: d))"
+    assert (f"new: fc.weight, fc.bias {reason}" in lines[0]) is not same
 
 
 @pytest.mark.parametrize("method", ["one", "dml"])
@@ -141,7 +147,7 @@ def test_branches_of_equal_depth_differ_by_noise_on_their_heads(method):
 
 
 @pytest.mark.parametrize("missing", ["conv1.weight", "bn1.weight", "fc.bias"])
-def test_equal_branches_get_noise_if_the_weights_miss_a_tensor_that_they_share(missing):
+def test_equal_branches_with_missing_shared_tensor_get_noise(missing):
     state = moved(create_student("resnet8", 4)).state_dict()
     del state[missing]
     model = create_model("resnet8", "one", 4, 3)
@@ -186,6 +192,7 @@ def test_different_peers_start_from_their_own_files():
 
 
 def wrappings(state):
+    extra = {"loss.weight": torch.ones(1)} if state else {}
     return {
         "plain": state,
         "module": {f"module.{name}": value for name, value in state.items()},
@@ -193,6 +200,8 @@ def wrappings(state):
         "state_dict": {"epoch": 3, "state_dict": state},
         "model in model": {"model": {"model": {f"module.{k}": v for k, v in state.items()}}},
         "only an average": {"model_ema": {f"module.{k}": v for k, v in state.items()}, "step": 4},
+        "Lightning": {"state_dict": {f"model.{k}": v for k, v in state.items()} | extra},
+        "average of timm": {"ema": {"module": state}},
         "half precision": {k: v.half() if v.is_floating_point() else v for k, v in state.items()},
     }
 
@@ -201,14 +210,32 @@ def wrappings(state):
 def test_file_in_any_wrapper_is_read(tmp_path, wrapping):
     state = create_student("resnet8", 4).state_dict()
     torch.save(wrappings(state)[wrapping], tmp_path / "weights.pth")
-    found = read_weights(tmp_path / "weights.pth").tensors
-    assert found.keys() == state.keys()
+    found = without_prefix(read_weights(tmp_path / "weights.pth").tensors, state)
+    assert found.keys() - {"loss.weight"} == state.keys()
     for name, value in state.items():
         expected = value.half() if wrapping == "half precision" else value
         assert torch.equal(found[name].float(), expected.float())
 
 
-def test_weights_are_preferred_to_their_average_and_the_entry_is_named(tmp_path):
+def test_prefix_of_all_names_is_removed():
+    network = moved(create_student("resnet8", 4))
+    prefixed = {f"net.model.{name}": value for name, value in network.state_dict().items()}
+    model = create_model("resnet8", "baseline", 4)
+    (line,) = start_from(model, [InitialWeights("w.ckpt", prefixed)])
+    assert torch.equal(logits(model)[0], logits(network))
+    assert "not used" not in line
+
+
+def test_eight_bit_weights_are_read(tmp_path):
+    state = create_student("resnet8", 4).state_dict()
+    small = {"fc.weight": state["fc.weight"].to(torch.float8_e4m3fn)}
+    torch.save({**state, **small}, tmp_path / "w.pth")
+    model = create_model("resnet8", "baseline", 4)
+    start_from(model, [read_weights(tmp_path / "w.pth")])
+    assert torch.equal(model.student().fc.weight, small["fc.weight"].float())
+
+
+def test_weights_are_preferred_to_their_average(tmp_path):
     state = {"a.weight": torch.ones(2)}
     content = {"model": state, "model_ema": {"a.weight": torch.zeros(2)}}
     torch.save(content, tmp_path / "w.pt")
@@ -300,6 +327,20 @@ def test_pretrained_weights_come_from_the_cache_of_torchvision(tmp_path, monkeyp
         assert torch.equal(model.student().conv1.weight, network.conv1.weight)
 
 
+def test_pretrained_weights_of_timm_come_from_its_cache(tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm")
+    network = moved(timm.create_model("test_resnet"))
+    save_file(network.state_dict(), file := tmp_path / "model.safetensors")
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", lambda **_: str(file))
+    weights = pretrained("timm:test_resnet")
+    assert weights.source == "trained weights of timm:test_resnet"
+    assert [list(each) for each in weights.normalization] == [HALF, HALF]
+    model = create_model("timm:test_resnet", "ahbf", 1000, 2, 1, at="layer4")
+    start_from(model, [weights])
+    for row in logits(model):
+        torch.testing.assert_close(row, logits(network))
+
+
 def test_download_without_network_names_address_and_file(tmp_path, monkeypatch):
     import urllib.request
 
@@ -376,7 +417,8 @@ def test_run_starts_from_weights_and_resumes_without_the_file(tmp_path, trained,
     assert all(torch.equal(average[name], value) for name, value in state.items())
     straight.run()
     log = straight.run_folder.log_path.read_text()
-    assert f"weights from {file} (SHA-256 " in log
+    digest = read_weights(file).fingerprint[:12]
+    assert f"weights from {file} (SHA-256 of the tensors: {digest}): " in log
     assert "the other branches start as copies of the student's" in log
 
     first = make(config, tmp_path / "resumed", digits)
@@ -389,6 +431,56 @@ def test_run_starts_from_weights_and_resumes_without_the_file(tmp_path, trained,
     second.run()
     assert_equal(outcome(second), outcome(straight))
     assert export_run(tmp_path / "resumed").path.is_file()
+
+
+def test_copies_of_one_file_of_weights_make_one_run(tmp_path, trained, digits):
+    """Also in another format; a changed file at the same path makes another run."""
+    state = dict(read_weights(trained).tensors)
+    torch.save(state, tmp_path / "a.pth")
+    file = tmp_path / "b.safetensors"
+    save_file({name: value.contiguous() for name, value in state.items()}, file)
+    config = dataclasses.replace(CONFIG, weights=str(tmp_path / "a.pth"), epochs=1)
+
+    def train(name, **changes):
+        run = make(dataclasses.replace(config, **changes), tmp_path / name, digits)
+        run.run()
+        return run.run_folder
+
+    first, other = train("first"), train("other", weights=str(file), seed=1)
+    same = train("same", weights=str(file))
+    torch.save({**state, "fc.bias": state["fc.bias"] + 1}, tmp_path / "a.pth")
+    changed = [train("changed"), train("changed again", seed=2)]
+    identities = [
+        load_student(folder.path)[1]["provenance"]["run"] for folder in (first, same, changed[0])
+    ]
+    assert identities[0] == identities[1] != identities[2]
+    exported = load_student(export_run(first.path, out=tmp_path / "export").path)
+    assert exported[1]["provenance"]["run"] == identities[0]
+    one, two = read_runs([first.path, other.path, changed[1].path])
+    assert [run.config.seed for run in one.runs] == [0, 1]
+    assert "weights" in one.label
+    assert one.label != two.label
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_resumed_run_keeps_its_identity_without_the_file(tmp_path, trained, digits, is_old):
+    """Runs of earlier versions recorded no fingerprint of the weights."""
+    torch.save(dict(read_weights(trained).tensors), file := tmp_path / "w.pth")
+    config = dataclasses.replace(CONFIG, weights=str(file))
+    make(config, tmp_path / "run", digits).run(until=1)
+    file.unlink()
+    run = RunFolder.open(tmp_path / "run")
+    state, _ = newest_checkpoint(run, print)
+    weights = state.pop("weights") if is_old else state["weights"]
+    assert state["config_hash"] == run_identity(config, digits.fingerprint, weights=weights)
+    second = Trainer(config, run, Reporter(quiet=True), digits, saved_data=state["data"])
+    second.resume(state)
+    second.run()
+    state, _ = newest_checkpoint(run, print)
+    expected = None if is_old else weights
+    assert state.get("weights") == expected
+    identity = run_identity(config, digits.fingerprint, weights=expected)
+    assert load_student(run.path)[1]["provenance"]["run"] == identity[:12]
 
 
 def test_late_teaching_starts_from_weights(tmp_path, trained, digits):
@@ -413,7 +505,7 @@ def test_relative_path_of_weights_is_stored_absolute(tmp_path, trained, digits, 
     assert f"weights: {trained}" in (tmp_path / "run/config.yaml").read_text()
 
 
-def test_student_alone_starts_from_the_same_weights_at_the_same_split():
+def test_student_alone_has_the_same_weights_and_split():
     config = dataclasses.replace(
         CONFIG, model="timm:test_resnet", at="layer3", weights="a.pt", branch_init="fresh"
     )
@@ -434,7 +526,7 @@ def test_student_alone_starts_from_the_same_weights_at_the_same_split():
     ("normalization", "expected"),
     [("auto", (0.5, 0.2)), ("weights", (0.5, 0.2)), ("data", None), ("imagenet", None)],
 )
-def test_normalization_follows_the_weights_unless_told_otherwise(digits, normalization, expected):
+def test_normalization_follows_the_weights_by_default(digits, normalization, expected):
     config = dataclasses.replace(CONFIG, weights="a.pt", normalization=normalization)
     known = ((0.5,) * 3, (0.2,) * 3)
     given = prepared(config, digits, of_weights=known)
@@ -450,6 +542,58 @@ def test_normalization_follows_the_weights_unless_told_otherwise(digits, normali
         assert given.mean == (0.485, 0.456, 0.406)
     without = prepared(dataclasses.replace(config, normalization="auto"), digits)
     assert (without.mean, without.std) == (digits.mean, digits.std)
+
+
+HALF = [0.5] * 3
+
+
+@pytest.mark.parametrize(
+    ("model", "mean", "std"),
+    [
+        ("timm:test_resnet", HALF, HALF),
+        ("torchvision:googlenet", HALF, HALF),
+        ("torchvision:resnet18", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ("resnet18", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ],
+)
+def test_library_states_the_normalization_of_its_network(digits, model, mean, std):
+    """Without a download, and with weights in a file."""
+    config = dataclasses.replace(CONFIG, model=model, weights="a.pt", normalization="library")
+    known = normalization_of(config, [InitialWeights("a.pt", {})])
+    assert [list(each) for each in known] == [mean, std]
+    dataset = prepared(config, digits, of_weights=known)
+    assert (list(dataset.mean), list(dataset.std)) == (mean, std)
+    again = prepared(config, digits, data_record(dataset, "resident"))
+    assert (again.mean, again.std) == (dataset.mean, dataset.std)
+
+
+def test_library_normalization_of_other_networks_is_refused():
+    message = "normalization=library: no trained weights are published for resnet8; .* use data"
+    with pytest.raises(ConfigError, match=message):
+        check_initial(dataclasses.replace(CONFIG, normalization="library"))
+    plain = dataclasses.replace(CONFIG, model="timm:test_resnet", normalization="library")
+    check_initial(plain)
+
+
+def test_other_normalization_of_a_peers_weights_is_reported(tmp_path, digits):
+    """All networks get the images of the student."""
+    config = dataclasses.replace(CONFIG, method="baseline", branches=None, epochs=1)
+    for name, mean in (("a", 0.4), ("b", 0.5)):
+        other = dataclasses.replace(digits, mean=(mean,) * 3)
+        make(config, tmp_path / name, other).run(until=1)
+    line = f"the weights from {tmp_path}/b/student.safetensors are for another normalization"
+    for files, is_reported in ((("a", "b"), True), (("a", "a"), False)):
+        peers = dataclasses.replace(
+            config,
+            method="dml",
+            model="resnet8,resnet8",
+            weights=",".join(str(tmp_path / file) for file in files),
+        )
+        notes = make(peers, tmp_path / f"run{is_reported}", digits).step.notes
+        assert any(note.startswith(line) for note in notes) is is_reported
+    assert not normalization_notes(
+        dataclasses.replace(peers, normalization="data"), read_initial(peers)
+    )
 
 
 def test_unknown_normalization_of_weights_is_refused(digits):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from fastokd.export import load_student, open_export, predict_files, preprocess
 from fastokd.export.evaluate import evaluate_export
+from fastokd.train.describe import describe_normalization
 from fastokd.train.export_run import export_run
 from fastokd.train.progress import Reporter
 from fastokd.train.runs import load_run
@@ -52,7 +53,7 @@ def statistics(data):
 
 
 def normalized(file, normalization):
-    """What a network gets for a file, [3, H, W]."""
+    """The normalized pixels of a file, [3, H, W]."""
     mean, std = normalization
     return ((pixels(file) - mean) / std).transpose(2, 0, 1)
 
@@ -134,7 +135,10 @@ def test_normalization_is_the_same_from_training_to_prediction(
     images = len(train) - len(train) % config.batch_size
     check_epoch(seen.images, train, val, images, expected)
     check_epoch(taught.images, train, val, images, statistics(old_images))
-    assert "normalization: mean " in (tmp_path / "run/log.txt").read_text()
+    text = (tmp_path / "run/log.txt").read_text()
+    assert describe_normalization(expected) in text
+    of_teacher = describe_normalization(statistics(old_images))
+    assert f"teacher {run}, {parameters(trainer.teacher):,} parameters; {of_teacher}" in text
 
     # A resumed run, without the file of weights
     weights.unlink()
@@ -169,6 +173,10 @@ def test_normalization_is_the_same_from_training_to_prediction(
     labels = torch.tensor(["abc".index(file.parent.name) for file in val])
     accuracy = float((probabilities.argmax(1) == labels).double().mean())
     assert evaluate_export(path, str(data), None, CPU).accuracy == pytest.approx(accuracy)
+
+
+def parameters(teacher):
+    return sum(each.numel() for each in teacher.network.parameters())
 
 
 def inner(network):

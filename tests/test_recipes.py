@@ -483,6 +483,20 @@ COMPRESSED = {
 EQUAL = {(row["name"], row["num_classes"]): row["four_equal_branches"] for row in NETWORKS["equal"]}
 
 
+@pytest.mark.parametrize("method", ["baseline", "ahbf"])
+def test_modern_recipes_note_the_sources_evaluation(method: str):
+    timm, models = pytest.importorskip("timm"), pytest.importorskip("torchvision.models")
+    ratio = timm.get_pretrained_cfg("resnet18.a3_in1k").test_crop_pct
+    scaled = {
+        "resnet50-{}-modern": models.ResNet50_Weights.IMAGENET1K_V2.transforms().resize_size[0],
+        "resnet18-{}-a3": int(224 / ratio),
+    }
+    for name, side in scaled.items():
+        notes = " ".join(get_recipe(f"imagenet-{name.format(method)}").notes)
+        assert f"evaluation images to {side} before the crop of 224" in notes
+        assert ("with branches neither published" in notes) is (method == "ahbf")
+
+
 def test_networks_exist_and_have_the_published_size():
     students, ahbf, compressed, equal = 0, 0, 0, 0
     for name, recipe in ALL.items():

@@ -11,6 +11,7 @@ from fastokd.cli.options import print_table
 from fastokd.doctor import examine
 from fastokd.train.config import OptionValue, TrainConfig
 from fastokd.train.loss import build_loss, check_method
+from fastokd.train.rules import check_rules, teacher_rules
 
 
 def show(
@@ -33,18 +34,21 @@ def show(
     """
     from fastokd.experiments.analysis.graph_svg import draw_svg
     from fastokd.graph import draw_mermaid
+    from fastokd.methods import get_method
 
+    needs_teacher = get_method(method).needs_teacher and not method_options.get("teacher")
     config = TrainConfig(
         method=method,
         preset=preset,
         branches=branches,
         method_options=method_options,
-        teacher="any" if teacher else None,
+        teacher="any" if teacher or needs_teacher else None,
         teacher_to=teacher_to,
         teacher_weight=teacher_weight,
         teacher_temperature=teacher_temperature,
     )
     check_method(config)
+    check_rules(teacher_rules(config))
     loss = build_loss(config)
     if format == "text":
         print(loss.draw())

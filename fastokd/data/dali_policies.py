@@ -17,8 +17,10 @@ POLICIES = ("none", "randaugment", "trivialaugment", "autoaugment")
 TRANSLATION = 150 / 331
 """The largest translation as a fraction of the image; TrivialAugment: 32 pixels. As torchvision."""
 
-Stage = tuple[Any, float, int | None]
-"""An operation, its probability, and its magnitude; None for an operation without one."""
+Stage = tuple[int, float, int | None]
+"""The position of an operation, its probability, and the bin of its magnitude; None for an
+operation without one.
+"""
 
 
 class DaliPolicy:
@@ -29,7 +31,7 @@ class DaliPolicy:
     """
 
     def __init__(self, augment: Augment) -> None:
-        from nvidia.dali.auto_aug import augmentations, rand_augment, trivial_augment
+        from nvidia.dali.auto_aug import rand_augment, trivial_augment
 
         self._name = augment.policy
         self._options = policy_options(augment.policy, augment.policy_options)
@@ -41,11 +43,8 @@ class DaliPolicy:
         elif self._name == "trivialaugment":
             self._operations = trivial_augment.get_trivial_augment_wide_suite(False, 32)
         else:
-            policy = _learned_policy(self._options["policy"])
-            self._sub_policies, self._bins = policy.sub_policies, policy.num_magnitude_bins
-            unique = {id(stage[0]): stage[0] for part in self._sub_policies for stage in part}
-            self._operations = [*unique.values(), augmentations.identity]
-            self.stages = max(map(len, self._sub_policies))
+            self._sub_policies = learned_policy(self._options["policy"])
+            self._operations, self._bins, self.stages = policy_operations(), 10, 2
 
     def draw(self, numbers: NDArray[np.float64]) -> list[NDArray[np.int32]]:
         """Operations, magnitudes and signs (1: negative) of images from their uniform numbers, each
@@ -59,13 +58,12 @@ class DaliPolicy:
             bins[:] = self._options["magnitude"]
         if self._sub_policies:
             bins[:], operations[:] = 0, len(self._operations) - 1
-            index = {id(each): i for i, each in enumerate(self._operations)}
             for row, part in enumerate((first * len(self._sub_policies)).astype(int)):
                 for stage, (operation, probability, magnitude) in enumerate(
                     self._sub_policies[part]
                 ):
                     if chosen[row, stage] < probability:
-                        operations[row, stage] = index[id(operation)]
+                        operations[row, stage] = operation
                         bins[row, stage] = magnitude or 0
         return [operations, bins, (sign < 0.5).astype(np.int32)]
 
@@ -97,13 +95,20 @@ class DaliPolicy:
         return images
 
 
-def _learned_policy(name: str) -> Any:
-    """DALI's form of one of torchvision's AutoAugment policies."""
-    from nvidia.dali.auto_aug import auto_augment
+def policy_operations() -> list[Any]:
+    """DALI's operations with torchvision's ranges of magnitudes; the identity is the last."""
+    from nvidia.dali.auto_aug import augmentations, rand_augment
 
-    if name == "imagenet":
-        return auto_augment.get_reduced_image_net_policy()
-    translation: dict[str, Any] = {"use_shape": True, "max_translate_rel": TRANSLATION}
-    if name == "cifar10":
-        return auto_augment.get_reduced_cifar10_policy(**translation)
-    return auto_augment.get_svhn_policy(**translation)
+    *suite, identity = rand_augment.get_rand_augment_suite(True, None, TRANSLATION)
+    return [*suite, augmentations.invert, identity]
+
+
+def learned_policy(name: str) -> list[Sequence[Stage]]:
+    """One of torchvision's AutoAugment policies: pairs of DALI's operations, by their positions in
+    ``policy_operations``.
+    """
+    from torchvision.transforms import v2
+
+    index = {each.name.replace("_", ""): i for i, each in enumerate(policy_operations())}
+    pairs = v2.AutoAugment(v2.AutoAugmentPolicy(name))._policies
+    return [[(index[name.lower()], *rest) for name, *rest in pair] for pair in pairs]

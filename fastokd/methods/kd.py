@@ -60,8 +60,9 @@ METHOD = Method(
         ),
         "teacher_normalization": options.choice(
             "data",
-            ("data", "imagenet"),
-            'the normalization of images for a library\'s teacher: of the "data", or "imagenet".',
+            ("data", "imagenet", "library"),
+            "the normalization of images for a library's teacher with weights in a file: of the"
+            ' "data", "imagenet", or the one that the "library" states for the network.',
         ),
     },
     needs_teacher=True,

@@ -220,8 +220,9 @@ class TrainConfig:
     )
     teacher_normalization: str = METHOD(
         "data",
-        "Normalization of images for the frozen teacher torchvision:NAME:FILE or timm:NAME:FILE",
-        choices=("data", "imagenet"),
+        "Normalization of images for the frozen teacher torchvision:NAME:FILE or timm:NAME:FILE;"
+        " library: that of the weights that it publishes for the network",
+        choices=("data", "imagenet", "library"),
         role=TRAINED,
     )
     teach_from: float = METHOD(
@@ -245,9 +246,10 @@ class TrainConfig:
     )
     normalization: str = DATA(
         "auto",
-        "Mean and standard deviation of pixels: the data's, ImageNet's, or those of the trained"
-        " weights that the run starts from; auto: the weights', if known, else the data's",
-        choices=("auto", "data", "imagenet", "weights"),
+        "Mean and standard deviation of pixels: the data's, ImageNet's, those of the trained"
+        " weights that the run starts from, or those that torchvision or timm (library) states for"
+        " the network; auto: the weights', if known, else the data's",
+        choices=("auto", "data", "imagenet", "weights", "library"),
     )
     background: str | None = DATA(
         None,

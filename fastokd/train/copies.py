@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -47,21 +48,30 @@ def copy_to_branches(
 
 @torch.no_grad()
 def separate(model: BranchedModel, seed: int) -> int:
-    """Add noise to the heads of branches or peers whose parameters equal the kept one's: of a tenth
-    of each weight's standard deviation. Equal branches would get equal gradients and stay equal.
+    """Add noise to the heads of branches or peers whose parameters equal the kept one's or those of
+    an earlier one: of a tenth of each weight's standard deviation. Equal branches would get equal
+    gradients and stay equal.
 
     Returns:
         The number of these branches or peers.
     """
     count = 0
     generator = torch.Generator().manual_seed(seed)
-    kept = list(model.branches[model.kept].parameters())
+    earlier = [model.branches[model.kept]]
     for index, branch in enumerate(model.branches):
-        own = list(branch.parameters())
-        if index != model.kept and len(own) == len(kept) and all(map(torch.equal, own, kept)):
+        if index == model.kept:
+            continue
+        if any(_is_equal(branch, other) for other in earlier):
             _add_noise(branch, generator)
             count += 1
+        earlier.append(branch)
     return count
+
+
+def _is_equal(branch: nn.Module, other: nn.Module) -> bool:
+    """True if two branches or peers have the same parameters."""
+    pairs = itertools.zip_longest(branch.parameters(), other.parameters())
+    return all(one is not None and two is not None and torch.equal(one, two) for one, two in pairs)
 
 
 def _copy_tensors(branch: nn.Module, kept: nn.Module, fresh: Collection[Tensor]) -> None:
@@ -136,12 +146,12 @@ def _inputs(
     branch = copy.deepcopy(branch).eval()
     arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
-    def keep(path: str, given: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if given and isinstance(given[0], Tensor):
-            arguments[path] = (given[0].clone(), *given[1:]), options
+    def keep(path: str, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if inputs and isinstance(inputs[0], Tensor):
+            arguments[path] = (inputs[0].clone(), *inputs[1:]), options
 
     for path in paths:
-        hook = functools.partial(lambda path, _, *given: keep(path, *given), path)
+        hook = functools.partial(lambda path, _, *inputs: keep(path, *inputs), path)
         branch.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
     branch(_trunk_maps(trunk, image_size))
     return arguments

@@ -123,13 +123,13 @@ Normalization = tuple[Sequence[float], Sequence[float]]
 def choose_normalization(
     config: TrainConfig, dataset: AnyDataset, of_weights: Normalization | None
 ) -> Normalization:
-    """The normalization of a new run; ``of_weights`` is that of its initial weights, if known."""
+    """The normalization of a new run; ``of_weights`` is as for ``prepared``."""
     if config.normalization == "imagenet":
         return IMAGENET_MEAN, IMAGENET_STD
     if config.normalization == "weights" and of_weights is None:
         raise ConfigError(
             "normalization=weights: the file of weights does not state its normalization; use"
-            " imagenet or data"
+            " library, imagenet or data"
         )
     if config.normalization == "data" or of_weights is None:
         return dataset.mean, dataset.std
@@ -147,7 +147,8 @@ def prepared(
     Args:
         seen: ``data_record`` of the dataset that the weights were trained on. If the normalization
             is not the data's, it is the recorded one.
-        of_weights: the normalization of the weights that a new run starts from, if known.
+        of_weights: the normalization of the weights that a new run starts from, if known; for
+            "library" that of the network's library.
 
     Raises:
         ConfigError: as ``with_augmentation``, or the normalization is not known.

@@ -8,7 +8,7 @@ from fastokd.data.augment import Augment
 from fastokd.errors import summarize
 from fastokd.losses.method_loss import MethodLoss
 from fastokd.train.config import TrainConfig, method_of
-from fastokd.train.data import AnyDataset
+from fastokd.train.data import AnyDataset, Normalization
 
 
 def describe_run(config: TrainConfig) -> str:
@@ -40,9 +40,9 @@ def _describe_skipped(names: Sequence[str]) -> str:
     )
 
 
-def describe_normalization(data: AnyDataset) -> str:
+def describe_normalization(normalization: Normalization) -> str:
     """One line with the mean and standard deviation that images are normalized with."""
-    mean, std = (", ".join(f"{each:.4g}" for each in values) for values in (data.mean, data.std))
+    mean, std = (", ".join(f"{each:.4g}" for each in values) for values in normalization)
     return f"normalization: mean {mean}; standard deviation {std}"
 
 

@@ -74,7 +74,11 @@ def export_run(
         layout=layout,
         provenance={
             **provenance(
-                config, folder, run.state["data"].get("fingerprint"), run.state.get("teacher")
+                config,
+                folder,
+                run.state["data"].get("fingerprint"),
+                run.state.get("teacher"),
+                run.state.get("weights"),
             ),
             "checkpoint": which,
             "branch": (model.kept if index is None else index) + 1,

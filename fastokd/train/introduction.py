@@ -39,7 +39,7 @@ def introduction(
         with_memory: estimate the memory, which takes a second.
     """
     yield describe_data(dataset)
-    yield describe_normalization(dataset)
+    yield describe_normalization((dataset.mean, dataset.std))
     yield describe_augmentation(config, dataset.augment)
     yield from describe_stochastic_depth(config)
     yield explain_loader(config, dataset, step.device, seen)
@@ -49,7 +49,9 @@ def introduction(
     if with_memory:
         yield from describe_memory(config, dataset, step.device, teacher)
     if teacher:
-        yield f"teacher {teacher.description}"
+        line = f"teacher {teacher.description}"
+        known = teacher.normalization
+        yield f"{line}; {describe_normalization(known)}" if known else line
     if step.config is not config:
         yield describe_late_teaching(config)
     yield describe_loss(step.criterion, step.config)

@@ -20,7 +20,7 @@ from fastokd.train.copies import copy_to_branches, separate
 from fastokd.train.data import AnyDataset
 from fastokd.train.describe import describe_fine_tuning
 from fastokd.train.distributed import Ranks
-from fastokd.train.initial import InitialWeights, normalization_of, start_from
+from fastokd.train.initial import InitialWeights, normalization_notes, start_from
 from fastokd.train.loss import build_loss
 from fastokd.train.optimizers import with_index
 from fastokd.train.step import TrainStep
@@ -120,12 +120,7 @@ def build_step(
         own_views=own_views,
     )
     step = TrainStep(config, model, device, rows, criterion)
-    if initial and config.normalization == "auto" and normalization_of(config, initial) is None:
-        notes.append(
-            "the weights do not state their normalization, so the data's is used; for weights"
-            " trained on ImageNet pass --normalization imagenet"
-        )
-    step.notes = [*notes, *describe_fine_tuning(config)]
+    step.notes = [*notes, *normalization_notes(config, initial), *describe_fine_tuning(config)]
     if student is not None:
         carry_over(step, student)
     return step

@@ -38,12 +38,12 @@ def parts(model: BranchedModel) -> Iterator[tuple[str, nn.Module]]:
     if model.trunk is not None:
         yield "trunk", model.trunk
     for branch in model.branches:
-        own = branch
+        part = branch
         if isinstance(branch, Peer):
             yield "trunk", branch.trunk
-            own = branch.branch
-        yield "body", own.get_submodule("body")
-        yield "head", own.get_submodule("head")
+            part = branch.branch
+        yield "body", part.get_submodule("body")
+        yield "head", part.get_submodule("head")
 
 
 def parameter_settings(

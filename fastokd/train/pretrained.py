@@ -66,7 +66,10 @@ def pretrained_weights(library: str, network: str) -> PretrainedWeights:
         library_network(name, 2)  # raises errors for unknown names
     find = _torchvision if library == "torchvision" else _timm
     if (weights := find(name, network)) is None:
-        raise ConfigError(f"{library} publishes no weights of {name}; pass a file of weights")
+        raise ConfigError(
+            f"{library} publishes no weights of {name} and no normalization; pass a file of weights"
+            " and the normalization data or imagenet"
+        )
     return weights
 
 

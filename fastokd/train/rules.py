@@ -1,6 +1,6 @@
 """Checks of a configuration: the limits of its fields, and rules over several fields."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from fastokd.errors import ConfigError
 from fastokd.train.config import TEACHER, TrainConfig, method_of
@@ -24,15 +24,18 @@ def check_config(config: TrainConfig) -> None:
     check_method(config)
     for name, info in infos(config).items():
         check_value(name, getattr(config, name), info)
-    for is_broken, message in (
-        *_rules(config),
-        *_teacher_rules(config),
-        *_late_teaching_rules(config),
-        *_weight_rules(config),
-    ):
+    check_rules(_rules(config))
+    check_rules(teacher_rules(config))
+    check_rules(_late_teaching_rules(config))
+    check_rules(_weight_rules(config))
+    check_impl(config.impl)
+
+
+def check_rules(rules: Iterable[tuple[object, str]]) -> None:
+    """Raise ``ConfigError`` with the message of the first broken rule."""
+    for is_broken, message in rules:
         if is_broken:
             raise ConfigError(message)
-    check_impl(config.impl)
 
 
 def _rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
@@ -90,7 +93,7 @@ def _rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
     )
 
 
-def _teacher_rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
+def teacher_rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
     """The rules of a frozen teacher, as ``_rules``."""
     method, name = method_of(config), f"method '{config.method}'"
     yield (
@@ -159,7 +162,8 @@ def _weight_rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
         yield (
             count != len(names),
             f"weights={config.weights}: {count} files for the {len(names)} networks"
-            f" {','.join(names)}; pass one for each, separated by commas; no path may contain one",
+            f" {','.join(names)}; pass one for each, separated by commas; no path may"
+            " contain a comma",
         )
         yield (
             config.branch_init == "fresh",

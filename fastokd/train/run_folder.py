@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -172,13 +172,17 @@ class RunFolder:
         write_text(self.config_path, config.to_yaml())
 
     def save_environment(
-        self, device: torch.device, precision: str, data: dict[str, Any], teacher: str | None = None
+        self,
+        device: torch.device,
+        precision: str,
+        data: dict[str, Any],
+        fingerprints: Mapping[str, str] | None = None,
     ) -> None:
         """Write the environment of a new run, with the precision that "auto" has chosen, the
-        description of its data and the fingerprint of its frozen teacher.
+        description of its data and the fingerprints of its frozen teacher and initial weights.
         """
         now = {**environment(device), "precision": precision}
-        inputs = {"data": data, **({"teacher": teacher} if teacher else {})}
+        inputs = {"data": data, **(fingerprints or {})}
         write_json(self.environment_path, {**now, **inputs, "sessions": [_session(now)]})
 
     def read_environment(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from fastokd.train.data import AnyDataset, loader_for, open_data, prepared
 from fastokd.train.distributed import Ranks, choose_device, from_main
 from fastokd.train.ema import StudentAverage
 from fastokd.train.fields import Role
+from fastokd.train.initial import InitialWeights
 from fastokd.train.late_teaching import student_loss
 from fastokd.train.rules import check_config
 from fastokd.train.run_folder import RunFolder
@@ -39,24 +40,51 @@ _RECORDED = ("aux_blocks", "compression", "seed", "epochs")
 """Further fields in the record of a student."""
 
 
-def run_identity(config: TrainConfig, fingerprint: str | None, teacher: str | None = None) -> str:
-    """A hash of the fields outside ``MAY_CHANGE`` and the data's fingerprint.
+def fingerprints(
+    config: TrainConfig, teacher: Teacher | None, initial: Sequence[InitialWeights]
+) -> dict[str, str]:
+    """The fingerprints of a new run's frozen teacher and files of initial weights, which several
+    networks have separated by commas.
+    """
+    weights = ",".join(each.fingerprint for each in initial if config.weights)
+    known = {"teacher": teacher.fingerprint if teacher else "", "weights": weights}
+    return {name: value for name, value in known.items() if value}
 
-    ``teacher`` is the fingerprint of the frozen teacher: the path of its file does not matter.
+
+def by_content(config: TrainConfig, teacher: str | None, weights: str | None) -> TrainConfig:
+    """The configuration with fingerprints of the frozen teacher and the initial weights, as far as
+    they are known, instead of the paths of their files.
     """
     config = dataclasses.replace(one_teacher(config), teacher=teacher) if teacher else config
+    return dataclasses.replace(config, weights=weights) if weights else config
+
+
+def run_identity(
+    config: TrainConfig,
+    fingerprint: str | None,
+    teacher: str | None = None,
+    weights: str | None = None,
+) -> str:
+    """A hash of the fields outside ``MAY_CHANGE`` and the data's fingerprint. Further arguments are
+    as for ``by_content``.
+    """
+    config = by_content(config, teacher, weights)
     return hashlib.sha256(repr((identity_fields(config), fingerprint)).encode()).hexdigest()
 
 
 def provenance(
-    config: TrainConfig, run: RunFolder, fingerprint: str | None, teacher: str | None = None
+    config: TrainConfig,
+    run: RunFolder,
+    fingerprint: str | None,
+    teacher: str | None = None,
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """The origin of a student, for its record: method settings and the versions that started the
     run. Its entry ``run`` is the same for all exports of a run, however often it was resumed.
     Arguments as for ``run_identity``.
     """
     return {
-        "run": run_identity(config, fingerprint, teacher)[:12],
+        "run": run_identity(config, fingerprint, teacher, weights)[:12],
         "method": config.method,
         "preset": config.preset,
         "branches": config.num_branches(),

@@ -21,9 +21,9 @@ from fastokd.train.build import before_teaching, build_model, is_before_teaching
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, one_teacher
 from fastokd.train.config_files import load_config, load_run_plugins
-from fastokd.train.data import AnyDataset
+from fastokd.train.data import AnyDataset, Normalization
 from fastokd.train.pretrained import pretrained_weights
-from fastokd.train.weight_files import fingerprint, read_file, unwrapped
+from fastokd.train.weight_files import fingerprint, read_file, unwrapped, without_prefix
 
 RESIDENT_BYTES = 2**30
 """Stored rows up to this size are kept on the device; of larger ones each batch reads its own."""
@@ -46,13 +46,15 @@ class StoredRows:
 class Teacher:
     """A frozen teacher: a network, images [B, 3, H, W] to logits [B, C], or stored rows.
 
-    ``fingerprint`` is a SHA-256 of its weights, or of the stored rows' shape and of some of them.
+    ``fingerprint`` is a SHA-256 of its weights, or of the stored rows' shape and of some of them;
+    ``normalization`` is that of the images that the network needs.
     """
 
     description: str
     fingerprint: str
     network: nn.Module | None = None
     rows: StoredRows | None = None
+    normalization: Normalization | None = None
 
 
 class Renormalized(nn.Module):
@@ -63,7 +65,7 @@ class Renormalized(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, network: nn.Module, given: tuple[Any, Any], wanted: tuple[Any, Any]) -> None:
+    def __init__(self, network: nn.Module, given: Normalization, wanted: Normalization) -> None:
         super().__init__()
         self.network = network
         mean, std, own_mean, own_std = torch.tensor([*given, *wanted]).view(4, 3, 1, 1)
@@ -110,10 +112,10 @@ def check_teacher(config: TrainConfig) -> None:
             " library's network use torchvision:NAME:FILE or timm:NAME:FILE"
         )
     stored = _holds_rows(library, path)
-    for name in ("mixup", "cutmix"):
-        if stored and (alpha := getattr(config, name)):
+    for field in ("mixup", "cutmix"):
+        if stored and (alpha := getattr(config, field)):
             raise ConfigError(
-                f"{name}={alpha:g}: stored rows are of unmixed images; use 0, or a network"
+                f"{field}={alpha:g}: stored rows are of unmixed images; use 0, or a network"
             )
     if not stored and (rows := _setting(config, "teacher_rows")) != "logits":
         raise ConfigError(f"teacher_rows={rows!r}: teacher={spec} is a network; use logits")
@@ -123,6 +125,8 @@ def check_teacher(config: TrainConfig) -> None:
             f"teacher_normalization={normalization!r} is for networks of torchvision and timm with"
             f" weights in a file, not for teacher={spec}; omit it"
         )
+    if normalization == "library":
+        pretrained_weights(library, name)
 
 
 def _setting(config: TrainConfig, name: str) -> str:
@@ -143,13 +147,18 @@ def open_teacher(config: TrainConfig, dataset: AnyDataset, device: torch.device)
     if not (spec := config.teacher_spec()):
         return None
     library, name, path = _parse(spec)
-    given: tuple[Any, Any] = (dataset.mean, dataset.std)
+    given: Normalization = (dataset.mean, dataset.std)
+    wanted: Normalization
     if path is None:
-        network, wanted = _pretrained_network(library, name, dataset)
+        network, wanted = _pretrained_network(config, library, name, dataset)
     elif library:
         network = _library_network(library, name, path, len(dataset.classes))
-        imagenet = _setting(config, "teacher_normalization") == "imagenet"
-        wanted = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else given
+        wanted = given
+        if (choice := _setting(config, "teacher_normalization")) == "imagenet":
+            wanted = IMAGENET_MEAN, IMAGENET_STD
+        elif choice == "library":
+            weights = pretrained_weights(library, name)
+            wanted = weights.mean, weights.std
     elif _holds_rows(library, path):
         return _open_rows(path, _setting(config, "teacher_rows"), dataset, device)
     else:
@@ -159,7 +168,7 @@ def open_teacher(config: TrainConfig, dataset: AnyDataset, device: torch.device)
     count = sum(parameter.numel() for parameter in network.parameters())
     if not np.allclose(given, wanted, rtol=1e-6, atol=1e-9):
         network = Renormalized(network, given, wanted)
-    return Teacher(f"{spec}, {count:,} parameters", digest, network=network)
+    return Teacher(f"{spec}, {count:,} parameters", digest, network, normalization=wanted)
 
 
 def _check_finite(network: nn.Module, spec: str) -> None:
@@ -293,7 +302,7 @@ def read_network(path: Path) -> tuple[nn.Module, Sequence[str], Mapping[str, Any
     return model.student().eval(), classes, state["data"]
 
 
-def _own_network(path: Path, dataset: AnyDataset) -> tuple[nn.Module, tuple[Any, Any]]:
+def _own_network(path: Path, dataset: AnyDataset) -> tuple[nn.Module, Normalization]:
     """The network of a run's checkpoint or of an exported student, and its normalization."""
     network, classes, data = read_network(path)
     if list(classes) != list(dataset.classes):
@@ -313,8 +322,8 @@ def _own_network(path: Path, dataset: AnyDataset) -> tuple[nn.Module, tuple[Any,
 
 
 def _pretrained_network(
-    library: str, name: str, dataset: AnyDataset
-) -> tuple[nn.Module, tuple[Any, Any]]:
+    config: TrainConfig, library: str, name: str, dataset: AnyDataset
+) -> tuple[nn.Module, Normalization]:
     """A network of torchvision or timm with its published weights, and their normalization."""
     weights, count = pretrained_weights(library, name), len(dataset.classes)
     if weights.num_classes != count:
@@ -323,7 +332,10 @@ def _pretrained_network(
             f" has {count} ({summarize(dataset.classes, 4)}); use a teacher with the same classes"
             f" and order, or {weights.name}:FILE"
         )
-    state = weights.read(f"pass it as {weights.name}:FILE")
+    option = "--teacher-normalization library"
+    if get_method(config.method).needs_teacher:
+        option = "--method-options teacher_normalization=library"
+    state = weights.read(f"pass it as {weights.name}:FILE with {option}")
     network = _with_weights(library, name, state, count, weights.source)
     return network, (weights.mean, weights.std)
 
@@ -339,6 +351,7 @@ def _with_weights(
 ) -> nn.Module:
     full_name = f"{library}:{name}"
     network = library_network(full_name, num_classes)
+    weights = without_prefix(weights, network.state_dict())
     others = {
         value.shape[0]
         for name, value in weights.items()

@@ -55,6 +55,7 @@ from fastokd.train.run_folder import RunFolder
 from fastokd.train.runner import StepRunner
 from fastokd.train.runs import (
     check_same_run,
+    fingerprints,
     newest_checkpoint,
     provenance,
     resume_hint,
@@ -125,6 +126,7 @@ class Trainer:
         self.config = config
         if config.teach_epoch():
             check_late_teaching(config, len(self.dataset.classes), self.device, teacher)
+        self._fingerprints = fingerprints(config, teacher, initial)
         self._build_step(alone=config.teach_epoch() > 0, initial=initial)
         self._open_loaders()
         self.store: CheckpointStore | None = None
@@ -179,8 +181,8 @@ class Trainer:
         """Write the files that identify a new run."""
         if self.ranks.is_main:
             self.run_folder.save_config(self.config)
-            data, (_, teacher) = self.dataset.describe(), self._fingerprints()
-            self.run_folder.save_environment(self.device, self.step.precision, data, teacher)
+            data, prints = self.dataset.describe(), self._fingerprints
+            self.run_folder.save_environment(self.device, self.step.precision, data, prints)
 
     def resume(self, state: dict[str, Any], allow_config_change: bool = False) -> None:
         """Continue from a checkpoint of this run.
@@ -199,6 +201,8 @@ class Trainer:
             text = "; ".join(changed)
             self.reporter.print(f"resuming with a changed configuration (old, new: {text})")
         check_resumable(state, path)
+        if weights := state.get("weights"):  # their file is not read again
+            self._fingerprints["weights"] = weights
         check_same_phase(before, self.config, state, path)
         if self._is_alone and not is_before_teaching(self.config, state):
             self._build_step()
@@ -519,15 +523,11 @@ class Trainer:
             "classes": list(self.dataset.classes),
             "data": data_record(self.dataset, loader),
             "config": self.config.to_yaml(),
-            "config_hash": run_identity(self.config, *self._fingerprints()),
+            "config_hash": run_identity(
+                self.config, self.dataset.fingerprint, **self._fingerprints
+            ),
         }
-        if self.teacher:
-            state["teacher"] = self.teacher.fingerprint
-        return state
-
-    def _fingerprints(self) -> tuple[str, str | None]:
-        """The fingerprints of the data and of the teacher, if there is one."""
-        return self.dataset.fingerprint, self.teacher.fingerprint if self.teacher else None
+        return {**state, **self._fingerprints}
 
     def _write_records(self, record: dict[str, Any]) -> None:
         """Write the student and the record of the epoch."""
@@ -536,7 +536,9 @@ class Trainer:
             self.dataset,
             accuracy=self.last[self.student_name],
             epoch=self.epoch,
-            provenance=provenance(self.config, self.run_folder, *self._fingerprints()),
+            provenance=provenance(
+                self.config, self.run_folder, self.dataset.fingerprint, **self._fingerprints
+            ),
         )
         write_student(self.run_folder.student, self.step.student().cpu(), description)
         self.run_folder.append_metrics(record)

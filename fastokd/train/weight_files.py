@@ -4,7 +4,8 @@ import argparse
 import codecs
 import hashlib
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from fastokd.errors import CheckpointError, first_line, summarize
 from fastokd.export import strip_wrappers
 
-ENTRIES = ("state_dict", "model", "model_state_dict", "network", "net")
+ENTRIES = ("state_dict", "model", "model_state_dict", "network", "net", "module")
 """Entries of a file that may hold the weights, in order of preference."""
 AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 """Entries with averaged weights, used if the file has no entry of ``ENTRIES``."""
@@ -53,7 +54,7 @@ def read_file(path: Path) -> tuple[Mapping[str, Any], bool]:
     except Exception as error:  # damaged bytes raise many kinds
         if isinstance(error, OSError) and error.strerror:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-        reason = first_line(error)
+        reason = "the file is empty" if isinstance(error, EOFError) else first_line(error)
         # torch's errors for bytes that are no pickle, such as text
         if reason.isdigit() or "Unsupported operand" in str(error):
             reason = "it was not written by torch.save or safetensors"
@@ -77,16 +78,35 @@ def unwrapped(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor]
     """
     entries: list[str] = []
     while True:
-        found = (name for name in (*ENTRIES, *AVERAGES) if isinstance(content.get(name), Mapping))
-        if (entry := next(found, None)) is None:
+        names = (name for name in (*ENTRIES, *AVERAGES) if isinstance(content.get(name), Mapping))
+        if (entry := next(names, None)) is None:
             break
         entries.append(entry)
         content = content[entry]
     tensors = {name: each for name, each in content.items() if isinstance(each, Tensor)}
     if not tensors:
-        names = summarize([str(name) for name in content])
-        raise CheckpointError(f"{path} has no weights: no dictionary of tensors ({names})")
+        others = f" ({summarize([str(name) for name in content])})" if content else ""
+        raise CheckpointError(
+            f"{path} has no weights: no dictionary of tensors{others}; save the weights alone:"
+            " torch.save(model.state_dict(), FILE)"
+        )
     return current_names(strip_wrappers(tensors)), ".".join(entries)
+
+
+def without_prefix(tensors: Mapping[str, Tensor], names: Collection[str]) -> Mapping[str, Tensor]:
+    """Weights without a prefix, such as Lightning's "model.", with which alone they match a
+    network's tensors ``names``.
+    """
+    if not any(name in tensors for name in names):
+        prefixes = Counter(
+            title.removesuffix(name)
+            for title in tensors
+            for name in names
+            if title.endswith(f".{name}")
+        )
+        for prefix, _ in prefixes.most_common(1):
+            return {title.removeprefix(prefix): each for title, each in tensors.items()}
+    return tensors
 
 
 def current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,10 +12,11 @@ from fastokd.errors import CheckpointError, ConfigError
 from fastokd.export.record import parse_record
 from fastokd.train.checkpoint import load_newest
 from fastokd.train.compute import ALONE, student_alone, student_network
-from fastokd.train.config import TrainConfig, fields_with_role
+from fastokd.train.config import TrainConfig, fields_with_role, one_teacher
 from fastokd.train.fields import Role
 from fastokd.train.loss import reference_loss
 from fastokd.train.run_folder import RunFolder, read_json_object
+from fastokd.train.runs import by_content
 from fastokd.train.step import AVERAGE
 
 SAME_RUN = frozenset(fields_with_role(Role.REPEAT))
@@ -192,9 +193,9 @@ def read_runs(paths: Sequence[Path]) -> list[Group]:
     groups: list[tuple[TrainConfig, dict[int, Run]]] = []
     defaults = {name: getattr(TrainConfig(), name) for name in SAME_RUN}
     for run in runs:
-        kind = dataclasses.replace(run.config, **defaults)
-        if teacher := run.environment.get("teacher"):  # its file may have several paths
-            kind = dataclasses.replace(kind, teacher=teacher)
+        # The files of the teacher and of the weights may have several paths.
+        files = run.environment.get("teacher"), run.environment.get("weights")
+        kind = by_content(dataclasses.replace(run.config, **defaults), *files)
         by_seed = next((by_seed for other, by_seed in groups if other == kind), None)
         if by_seed is None:
             groups.append((kind, by_seed := {}))
@@ -203,8 +204,11 @@ def read_runs(paths: Sequence[Path]) -> list[Group]:
             raise ConfigError(f"{other.path} and {run.path} are {same}: give one of them")
         by_seed[run.config.seed] = run
     ordered = [tuple(by_seed[seed] for seed in sorted(by_seed)) for _, by_seed in groups]
-    configs = [seeds[0].config for seeds in ordered]
-    return [Group(_label(seeds[0].config, configs), seeds) for seeds in ordered]
+    configs = [_with_fingerprints(seeds[0]) for seeds in ordered]
+    return [
+        Group(_label(config, configs), seeds)
+        for config, seeds in zip(configs, ordered, strict=True)
+    ]
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
@@ -257,6 +261,18 @@ def curve_records(group: Group) -> list[list[dict[str, Any]]]:
         [{name: record[name] for name in record if name not in without} for record in run.records]
         for run in group.runs
     ]
+
+
+def _with_fingerprints(run: Run) -> TrainConfig:
+    """The configuration with fingerprints after the paths of a teacher and of weights, for labels:
+    the file at a path may have changed between runs.
+    """
+    config = one_teacher(run.config)
+    changes: dict[str, Any] = {}
+    for name in ("teacher", "weights"):
+        if known := run.environment.get(name):
+            changes[name] = f"{getattr(config, name)} ({known[:12]})"
+    return dataclasses.replace(config, **changes)
 
 
 def _label(config: TrainConfig, configs: Sequence[TrainConfig]) -> str:

@@ -39,18 +39,23 @@ _A3 = (
     | given("ours: JPEGs decoded on the GPUs", loader="dali")
 )
 _NOTES = """
-[modern]
+[modern/*]
 torchvision also trains each epoch on a quarter of the images, each augmented in four ways
 (repeated augmentation), which fastokd does not do.
-[modern]
+[modern/*]
 torchvision decays biases; here neither norms nor biases are decayed.
-[a3]
+[a3/*]
 The source trains with LAMB (learning rate 0.008) and a binary cross-entropy of each class; here it
 is AdamW and the cross-entropy over all classes.
-[a3]
+[a3/*]
 timm varies the magnitude of RandAugment randomly (mstd0.5) and increases it with severity (inc1);
 torchvision's has one magnitude.
-[a3 modern]
+[modern/*]
+torchvision scales the shorter side of evaluation images to 232 before the crop of 224 (the
+transforms of the published weights); here it is 256.
+[a3/*]
+timm scales evaluation images to 235 before the crop of 224 (crop ratio 0.95); here it is 256.
+[a3/ahbf modern/ahbf]
 Made for the network alone; with branches neither published nor tuned.
 """
 
@@ -60,13 +65,13 @@ def _recipes() -> Iterator[Recipe]:
         ("modern", "resnet50_imagenet", _MODERN, "torchvision's current recipe"),
         ("a3", "resnet18_imagenet", _A3, "the short schedule A3"),
     ):
-        for settings in _METHODS.values():
+        for method, settings in _METHODS.items():
             yield Recipe(
                 dataset="imagenet",
                 settings=given("ours", model=model) | settings | recipe,
                 variant=variant,
                 meaning=meaning,
-                notes=read_notes(_NOTES, variant),
+                notes=read_notes(_NOTES, f"{variant}/{method}"),
             )
 
 
