@@ -51,7 +51,7 @@ def store_values(
     """Write the loss and the terms of the rows."""
     store_rows(out_rows + rows, loss, inside, TILE)
     for t in tl.static_range(tl.constexpr(SPEC.num_terms)):
-        store_rows(out_terms + t * batch.to(tl.int64) + rows, terms[t], inside, TILE)
+        store_rows(out_terms + t * tl.cast(batch, tl.int64) + rows, terms[t], inside, TILE)
 
 
 @triton.jit
