@@ -216,6 +216,7 @@ def test_record_in_file_equals_json_next_to_it(request, name):
     assert record["classes"] == [str(digit) for digit in range(10)]
     assert record["preprocessing"] == {
         "color": "RGB",
+        "background": None,
         "shorter_side": 8,
         "image_size": [8, 8],
         "scale": "divide by 255",
