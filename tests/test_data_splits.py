@@ -5,7 +5,7 @@ import io
 import pytest
 from PIL import Image
 
-from fastokd.data import list_files
+from fastokd.data import list_files, open_dataset
 from fastokd.data.check import check_dataset
 from fastokd.errors import DataError
 from fastokd.train.describe import describe_data
@@ -156,6 +156,21 @@ def test_unused_folders_and_files_are_counted_in_the_first_line(tmp_path):
     listed = list_files(tmp_path)
     assert listed.ignored_files == 4
     line = describe_data(listed)
-    assert "2 .txt, 1 .npy, 1 without suffix" in line
+    assert "2 .txt, 1 .npy, 1 without extension" in line
     assert "unused folders: extra/, test_scripts/" in line
     assert "MACOSX" not in line
+
+
+@pytest.mark.parametrize("loader", ["resident", "torchvision"])
+def test_mixed_extensions_of_training_images_are_counted_in_the_first_line(tmp_path, loader):
+    make_tree(tmp_path, "train", "val")
+    before = describe_data(list_files(tmp_path))
+    for name in ("a.JFIF", "b.jfif", "c"):
+        (tmp_path / "train" / "dog" / name).write_bytes(BUFFER.getvalue())
+    listed = list_files(tmp_path)
+    dataset = open_dataset(tmp_path) if loader == "resident" else listed
+    number = len(listed.train)
+    assert describe_data(dataset).endswith(
+        f"; extensions in training: {number - 2} .png, 2 .jfif; skipped files: 1 without extension"
+    )
+    assert "extensions in" not in before

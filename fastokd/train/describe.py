@@ -20,24 +20,27 @@ def describe_run(config: TrainConfig) -> str:
 
 
 def describe_data(data: AnyDataset) -> str:
-    """One line with the numbers of classes and images, and of skipped files."""
-    return (
+    """One line with the numbers of classes and images, their extensions if these are mixed, and
+    the skipped files.
+    """
+    line = (
         f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and"
-        f" {len(data.evaluation)} {data.evaluation.name} images{_describe_skipped(data.skipped)}"
+        f" {len(data.evaluation)} {data.evaluation.name} images"
     )
+    extensions = _count_extensions(data.train.files or ())
+    if len(extensions) > 1:
+        line += f"; extensions in training: {summarize(extensions)}"
+    if skipped := _count_extensions([name for name in data.skipped if not name.endswith("/")]):
+        line += f"; skipped files: {summarize(skipped)}"
+    if folders := [name for name in data.skipped if name.endswith("/")]:
+        line += f"; unused folders: {summarize(folders)}"
+    return line
 
 
-def _describe_skipped(names: Sequence[str]) -> str:
-    folders = [name for name in names if name.endswith("/")]
-    suffixes = Counter(
-        os.path.splitext(name)[1].lower() or "without suffix"
-        for name in names
-        if not name.endswith("/")
-    )
-    files = summarize([f"{count} {suffix}" for suffix, count in suffixes.most_common()])
-    return (f"; skipped files: {files}" if files else "") + (
-        f"; unused folders: {summarize(folders)}" if folders else ""
-    )
+def _count_extensions(names: Sequence[str]) -> list[str]:
+    """The extensions of file names with their numbers, the most frequent first."""
+    found = Counter(os.path.splitext(name)[1].lower() or "without extension" for name in names)
+    return [f"{count} {extension}" for extension, count in found.most_common()]
 
 
 def describe_normalization(normalization: Normalization) -> str:
