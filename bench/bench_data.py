@@ -5,7 +5,7 @@
 
 ``FASTOKD_BENCH_SMALL`` is a folder of small images (``train/``, ``val/``; Tiny-ImageNet), without
 which those cases are skipped. Large images are composed of them, or drawn, into a temporary
-folder; ``FASTOKD_BENCH_LARGE_PICTURES`` names a permanent folder. On a GPU the batches are made
+folder; ``FASTOKD_BENCH_LARGE_IMAGES`` names a permanent folder. On a GPU the batches are made
 there. Each round is one epoch over the same images in the same windows; ``extra_info`` holds images
 per second. Other variables: ``bench/suite.py``.
 """
@@ -32,7 +32,7 @@ from fastokd.train.step import TrainStep
 pytest.importorskip("pytest_benchmark", reason="pip install -e '.[bench]'")
 
 SMALL = os.environ.get("FASTOKD_BENCH_SMALL")
-LARGE = os.environ.get("FASTOKD_BENCH_LARGE_PICTURES")
+LARGE = os.environ.get("FASTOKD_BENCH_LARGE_IMAGES")
 COUNT = 16 if SMOKE else int(os.environ.get("FASTOKD_BENCH_IMAGES", "1024"))
 BATCH = 8 if SMOKE else 64
 CROP = Augment(flip=True, crop_scale=(0.08, 1.0))
@@ -96,18 +96,18 @@ def measure(benchmark: Any, loader: Any, info: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
-@pytest.mark.parametrize("pictures", ["small-64", "large-224"])
+@pytest.mark.parametrize("images", ["small-64", "large-224"])
 def test_streaming(
-    benchmark: Any, large: Path, pictures: str, name: str, options: dict[str, int]
+    benchmark: Any, large: Path, images: str, name: str, options: dict[str, int]
 ) -> None:
-    benchmark.group = pictures
-    if pictures == "large-224":
+    benchmark.group = images
+    if images == "large-224":
         loader = streamed(name, options, large, 224, CROP)
     else:
         if SMALL is None:
             pytest.skip("set FASTOKD_BENCH_SMALL to a folder of small images")
         loader = streamed(name, options, Path(SMALL), 64, Augment(pad=8, flip=True))
-    measure(benchmark, loader, {"loader": name, **options, "pictures": pictures})
+    measure(benchmark, loader, {"loader": name, **options, "images": images})
 
 
 def test_resident(benchmark: Any) -> None:
@@ -117,7 +117,7 @@ def test_resident(benchmark: Any) -> None:
     loader = make_loader(
         open_dataset(SMALL, image_size=64), "train", BATCH, device=DEVICE, loader="resident"
     )
-    measure(benchmark, loader, {"loader": "resident", "pictures": "small-64"})
+    measure(benchmark, loader, {"loader": "resident", "images": "small-64"})
 
 
 @pytest.mark.parametrize("name", ["dali", "torchvision"])

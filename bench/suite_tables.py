@@ -334,16 +334,16 @@ def data_tables(path: Path) -> list[str]:
 def _streaming_table(benchmarks: list[Benchmark]) -> list[str]:
     infos = [benchmark["extra_info"] for benchmark in benchmarks]
     baseline = {
-        info["pictures"]: info["images_per_second"]
+        info["images"]: info["images_per_second"]
         for info in infos
         if info["loader"] == "torchvision" and info["workers"] == 2
     }
     rows = []
     for benchmark, info in zip(benchmarks, infos, strict=True):
-        reference = baseline.get(info["pictures"])
+        reference = baseline.get(info["images"])
         rows.append(
             (
-                IMAGES[info["pictures"]],
+                IMAGES[info["images"]],
                 info["loader"],
                 str(info.get("threads", info.get("workers"))),
                 *speed(benchmark),
@@ -366,7 +366,7 @@ def _resident_table(tests: Mapping[str, list[Benchmark]]) -> list[str]:
     consumed = step["extra_info"]["images_per_second"]
     rows = [
         (
-            IMAGES[benchmark["extra_info"]["pictures"]],
+            IMAGES[benchmark["extra_info"]["images"]],
             "Tiny-ImageNet, crop and flip",
             *speed(benchmark),
             "",

@@ -808,7 +808,7 @@ def test_expired_time_limit_skips_every_part(tmp_path, capsys):
         (["kernel", "--dry-run"], 2, "unknown part 'kernel'; did you mean 'kernels'?"),
         (["--minutes", "0", "--dry-run"], 2, "--minutes 0.0: it must be positive"),
         (["--epochs", "0", "--dry-run"], 2, "--epochs 0: it must be positive"),
-        (["--pictures", "nowhere", "--dry-run"], 2, "--pictures nowhere: no such folder"),
+        (["--images", "nowhere", "--dry-run"], 2, "--images nowhere: no such folder"),
         (["--data", "nowhere", "--dry-run"], 3, "nowhere: no readable folder"),
     ],
 )

@@ -36,12 +36,12 @@ SUITES = sorted(path.name for path in (ROOT / "bench").glob("bench_*.py"))
 def results(tmp_path_factory):
     """The result file of all suites together, and what pytest said."""
     folder = tmp_path_factory.mktemp("suites")
-    pictures = compose(folder / "pictures", 10)
+    pictures = compose(folder / "images", 10)
     path = folder / "results.json"
     variables = {
         "FASTOKD_BENCH_SMOKE": "1",
         "FASTOKD_BENCH_SMALL": str(pictures),
-        "FASTOKD_BENCH_LARGE_PICTURES": str(pictures),
+        "FASTOKD_BENCH_LARGE_IMAGES": str(pictures),
         "OMP_NUM_THREADS": "1",
     }
     # As a worker of these tests pytest-benchmark would write nothing.
@@ -113,7 +113,7 @@ def test_results_file_has_command_without_paths(results):
     path, _ = results
     text = path.read_text()
     assert json.loads(text)["machine_info"]["command"].startswith(
-        "FASTOKD_BENCH_LARGE_PICTURES=pictures FASTOKD_BENCH_SMALL=pictures FASTOKD_BENCH_SMOKE=1"
+        "FASTOKD_BENCH_LARGE_IMAGES=images FASTOKD_BENCH_SMALL=images FASTOKD_BENCH_SMOKE=1"
         " OMP_NUM_THREADS=1 python"
     )
     assert f'"{platform.node()}"' not in text

@@ -70,8 +70,8 @@ class _Images:
 
     def dataset(self) -> FileDataset:
         if self._dataset is None:
-            folder = self.context.pictures or compose(
-                self.context.runs / f"pictures-{self.count}", self.count
+            folder = self.context.images or compose(
+                self.context.runs / f"images-{self.count}", self.count
             )
             self._dataset = list_files(
                 folder, image_size=self.size, augment=Augment(flip=True, crop_scale=(0.08, 1.0))

@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of the accuracy part's plan, fixed by its first call (default {accuracy.SEEDS})",
     )
     parser.add_argument(
-        "--pictures",
+        "--images",
         type=Path,
         help="tree of large JPEG files for the data part (default: some are drawn)",
     )
@@ -136,9 +136,9 @@ def run_parts(options: argparse.Namespace) -> int:
             "torch sees no GPU here, and every part needs one; --dry-run goes through the code of"
             " all of them on the CPU"
         )
-    if options.pictures is not None and not options.pictures.is_dir():
+    if options.images is not None and not options.images.is_dir():
         raise ConfigError(
-            f"--pictures {options.pictures}: no such folder; omit it to generate images"
+            f"--images {options.images}: no such folder; omit it to generate images"
         )
     device = torch.device("cpu") if options.dry_run else torch.device("cuda", 0)
     label = (
@@ -154,7 +154,7 @@ def run_parts(options: argparse.Namespace) -> int:
         time.monotonic() + 60 * options.minutes,
         options.dry_run,
         None if options.data is None else absolute_spec(options.data),
-        options.pictures and options.pictures.absolute(),
+        options.images and options.images.absolute(),
         options.epochs,
         options.seeds,
     )

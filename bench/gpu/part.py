@@ -34,7 +34,7 @@ class Context:
         deadline: the end of the minutes, by ``time.monotonic``.
         dry: whether sizes are tiny and everything runs on the CPU.
         data: the dataset of the accuracy part, as ``fastokd train --data`` takes it.
-        pictures: a folder of large JPEG files for the data part; None to generate some.
+        images: a folder of large JPEG files for the data part; None to generate some.
         epochs, seeds: of the accuracy part; None for those of the plan.
     """
 
@@ -45,7 +45,7 @@ class Context:
     deadline: float
     dry: bool
     data: str | None = None
-    pictures: Path | None = None
+    images: Path | None = None
     epochs: int | None = None
     seeds: int | None = None
 

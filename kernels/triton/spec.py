@@ -333,7 +333,7 @@ class Spec(Constant):
 
     @property
     def use_target_coefs(self) -> bool:
-        """True if the label's logit has a gradient of its own."""
+        """True if the label's logit has a separate gradient."""
         return bool(self.cross_entropies or self.target_edges)
 
     @property
