@@ -212,6 +212,13 @@ def test_show_draws_the_frozen_teacher(run):
         assert "KL(teacher || branch1)" in out
 
 
+def test_show_draws_the_divergence_of_a_method(run):
+    code, out, _ = run("show", "dml", "--method-options", "divergence=dkd")
+    assert code == 0
+    assert "DKD(branch2, branch1)  teaches branch1" in out
+    assert " KL(" not in out
+
+
 @pytest.mark.parametrize(
     ("method", "message"),
     [

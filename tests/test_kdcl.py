@@ -211,6 +211,20 @@ def test_wrong_targets_are_refused(target, message):
         KDCLLoss(2, "general").see_held_out([(rows, target)])
 
 
+def test_held_out_rows_may_be_ignored_or_dense():
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(2, 3, 6, 2, 2, generator=generator)
+    target = torch.randint(6, (3, 2, 2), generator=generator)
+    target[0] = target[2, 1, 1] = -100
+    counted = target.flatten() != -100
+    rows = dense.movedim(2, -1).reshape(2, 12, 6)[:, counted]
+    given, expected = KDCLLoss(2, "general"), KDCLLoss(2, "general")
+    given.fit_held_out([(list(dense), target)])
+    expected.fit_held_out([(list(rows), target.flatten()[counted])])
+    assert given.teacher_weights[0] != 0.5
+    assert torch.allclose(given.teacher_weights, expected.teacher_weights, rtol=1e-12)
+
+
 def test_held_out_labels_as_probabilities():
     rows, target = (
         list(torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))),

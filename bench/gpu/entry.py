@@ -137,9 +137,7 @@ def run_parts(options: argparse.Namespace) -> int:
             " all of them on the CPU"
         )
     if options.images is not None and not options.images.is_dir():
-        raise ConfigError(
-            f"--images {options.images}: no such folder; omit it to generate images"
-        )
+        raise ConfigError(f"--images {options.images}: no such folder; omit it to generate images")
     device = torch.device("cpu") if options.dry_run else torch.device("cuda", 0)
     label = (
         "dry-run"

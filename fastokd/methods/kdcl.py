@@ -18,7 +18,7 @@ from fastokd.graph import (
     Term,
 )
 from fastokd.losses import options
-from fastokd.losses.checks import check_target, checked_rows
+from fastokd.losses.checks import check_target, checked_rows, ignored_rows
 from fastokd.losses.graph_loss import GraphInputs, Rows
 from fastokd.losses.method_loss import MethodLoss
 from fastokd.methods.method import Method
@@ -114,16 +114,25 @@ class KDCLLoss(MethodLoss):
     @torch.no_grad()
     def fit_held_out(self, batches: Iterable[tuple[Sequence[Tensor], Tensor]]) -> None:
         """Set the teacher's weights from ``C_ij = mean of <p_1(z_i) - y, p_1(z_j) - y>``, the
-        correlation of the networks' errors, over the batches of all processes.
+        correlation of the networks' errors, over the batches of all processes. Rows with the label
+        ``ignore_index`` do not count; dense logits are rows as in the loss.
         """
         weights = self.get_buffer("teacher_weights")
         correlation = weights.new_zeros(self.num_branches, self.num_branches)
         for branch_logits, target in batches:
-            rows = checked_rows(branch_logits, self.num_branches, "branch_logits")
+            rows, layout = self._dense_rows(branch_logits)
+            rows = checked_rows(rows, self.num_branches, "branch_logits")
+            target = target if layout is None else layout.target(target)
+            ignored = ignored_rows(target, self.ignore_index)
+            if ignored is not None:
+                target = target.masked_fill(ignored, 0)
             check_target(target, rows[0])
             p = torch.stack(rows).double().softmax(2)
             soft = target if target.is_floating_point() else F.one_hot(target, p.shape[2])
-            errors = (p - soft).flatten(1)
+            errors = p - soft
+            if ignored is not None:
+                errors = errors.masked_fill(ignored[:, None], 0)
+            errors = errors.flatten(1)
             correlation += errors @ errors.T
         weights.copy_(error_correlation_weights(sum_over_ranks(correlation)))
 
