@@ -630,7 +630,7 @@ def test_wrong_teacher_options_are_refused(tmp_path, digits, teacher_run):
         ConfigError,
         match=(
             r"teacher_normalization='image-net'; did you mean 'imagenet'\? \(choices: data,"
-            r" imagenet\)"
+            r" imagenet, library\)"
         ),
     ):
         opened(teacher_run, digits, teacher_normalization="image-net")
