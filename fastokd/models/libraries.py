@@ -5,8 +5,8 @@ the user's modules, such as "mypackage.nets:make_net".
 import difflib
 import functools
 import itertools
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -19,12 +19,28 @@ from fastokd.models.summary import forward_flops
 from fastokd.models.tracing import default_input_size, list_split_points
 from fastokd.plugins import plugin_network
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 LIBRARIES = ("torchvision", "timm")
 
 _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 """Weights of torchvision's auxiliary classifiers, which networks are built without."""
+
+
+def cached_for_libraries(find: Callable[P, T]) -> Callable[P, T]:
+    """Keep the results of a function of a network's name and hashable arguments, except for
+    networks of the user's modules, which may change.
+    """
+    cached: Any = functools.lru_cache(maxsize=64)(find)
+
+    @functools.wraps(find)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        library = str(args[0]).partition(":")[0]
+        result: T = (cached if library in LIBRARIES else find)(*args, **kwargs)
+        return result
+
+    return call
 
 
 def is_library_name(name: str) -> bool:
@@ -84,16 +100,16 @@ def library_backbone(
     Raises:
         ConfigError, MissingExtra: as ``library_network`` and ``branch_out``.
     """
-    template, requested = _template(name, num_classes, drop_path), at is not None
+    requested = at is not None
     if at is None:
         try:
-            points = list_split_points(template)
+            points = library_split_points(name)
         except ConfigError:
             if split:
                 raise
-            return whole_backbone(name, default_input_size(template)[1], drop_path)
+            return whole_backbone(name, drop_path)
         if not (split or points):
-            return whole_backbone(name, default_input_size(template)[1], drop_path)
+            return whole_backbone(name, drop_path)
         at = recommended_split_point(name) if split else next(reversed(points))
         if at is None:
             raise ConfigError(f"{name} has no split point: no single tensor crosses between stages")
@@ -101,15 +117,16 @@ def library_backbone(
         (library_network(name, num_classes, drop_path), fresh_block) for _ in itertools.count()
     )
     try:
-        return Split(template, at).backbone(name, networks)
+        return _split(name, num_classes, at, drop_path).backbone(name, networks)
     except ConfigError:
         if split or requested:
             raise
-        return whole_backbone(name, default_input_size(template)[1], drop_path)
+        return whole_backbone(name, drop_path)
 
 
-def whole_backbone(name: str, image_size: int, drop_path: float | None = None) -> Backbone:
+def whole_backbone(name: str, drop_path: float | None = None) -> Backbone:
     """A library's network that ``torch.fx`` cannot follow, as one branch without a trunk."""
+    image_size = default_input_size(_template(name, 10))[1]
 
     def build_branch(num_classes: int, level: int, aux_blocks: int) -> Branch:
         return Branch(nn.Identity(), library_network(name, num_classes, drop_path), 3)
@@ -120,17 +137,17 @@ def whole_backbone(name: str, image_size: int, drop_path: float | None = None) -
     return Backbone(name, nn.Identity, build_branch, join, image_size, whole=True)
 
 
-def library_split_points(name: str) -> list[str]:
+@cached_for_libraries
+def library_split_points(name: str) -> Sequence[str]:
     """The split points of a library's network, see ``list_split_points``."""
-    return list_split_points(_template(name, 10))
+    return tuple(list_split_points(_template(name, 10)))
 
 
 @functools.cache
 def trunk_share(name: str, at: str) -> float:
     """The trunk's part of the network's FLOPs at a split point, from 0 to 1."""
-    template = _template(name, 10)
-    split = Split(template, at)
-    trunk = split.backbone(name, iter([(template, fresh_block)])).build_trunk()
+    split = _split(name, 10, at, None)
+    trunk = split.backbone(name, iter([(_template(name, 10), fresh_block)])).build_trunk()
     return forward_flops(trunk, split.size) / _network_flops(name, split.size)
 
 
@@ -168,6 +185,12 @@ def _template(name: str, num_classes: int, drop_path: float | None = None) -> nn
     """The network without values, if its constructor can do without them."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return library_network(name, num_classes, drop_path)
+
+
+@cached_for_libraries
+def _split(name: str, num_classes: int, at: str, drop_path: float | None) -> Split:
+    """A network without values, split at ``at``."""
+    return Split(_template(name, num_classes, drop_path), at)
 
 
 def _own(name: str) -> Callable[..., nn.Module]:
