@@ -96,18 +96,18 @@ def measure(benchmark: Any, loader: Any, info: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
-@pytest.mark.parametrize("images", ["small-64", "large-224"])
+@pytest.mark.parametrize("dataset", ["small-64", "large-224"])
 def test_streaming(
-    benchmark: Any, large: Path, images: str, name: str, options: dict[str, int]
+    benchmark: Any, large: Path, dataset: str, name: str, options: dict[str, int]
 ) -> None:
-    benchmark.group = images
-    if images == "large-224":
+    benchmark.group = dataset
+    if dataset == "large-224":
         loader = streamed(name, options, large, 224, CROP)
     else:
         if SMALL is None:
             pytest.skip("set FASTOKD_BENCH_SMALL to a folder of small images")
         loader = streamed(name, options, Path(SMALL), 64, Augment(pad=8, flip=True))
-    measure(benchmark, loader, {"loader": name, **options, "images": images})
+    measure(benchmark, loader, {"loader": name, **options, "dataset": dataset})
 
 
 def test_resident(benchmark: Any) -> None:
@@ -117,7 +117,7 @@ def test_resident(benchmark: Any) -> None:
     loader = make_loader(
         open_dataset(SMALL, image_size=64), "train", BATCH, device=DEVICE, loader="resident"
     )
-    measure(benchmark, loader, {"loader": "resident", "images": "small-64"})
+    measure(benchmark, loader, {"loader": "resident", "dataset": "small-64"})
 
 
 @pytest.mark.parametrize("name", ["dali", "torchvision"])

@@ -334,16 +334,16 @@ def data_tables(path: Path) -> list[str]:
 def _streaming_table(benchmarks: list[Benchmark]) -> list[str]:
     infos = [benchmark["extra_info"] for benchmark in benchmarks]
     baseline = {
-        info["images"]: info["images_per_second"]
+        info["dataset"]: info["images_per_second"]
         for info in infos
         if info["loader"] == "torchvision" and info["workers"] == 2
     }
     rows = []
     for benchmark, info in zip(benchmarks, infos, strict=True):
-        reference = baseline.get(info["images"])
+        reference = baseline.get(info["dataset"])
         rows.append(
             (
-                IMAGES[info["images"]],
+                IMAGES[info["dataset"]],
                 info["loader"],
                 str(info.get("threads", info.get("workers"))),
                 *speed(benchmark),
@@ -366,7 +366,7 @@ def _resident_table(tests: Mapping[str, list[Benchmark]]) -> list[str]:
     consumed = step["extra_info"]["images_per_second"]
     rows = [
         (
-            IMAGES[benchmark["extra_info"]["images"]],
+            IMAGES[benchmark["extra_info"]["dataset"]],
             "Tiny-ImageNet, crop and flip",
             *speed(benchmark),
             "",

@@ -699,7 +699,7 @@ def test_tables_keep_their_width_when_piped(run, monkeypatch):
 
 
 def test_piped_lines_do_not_end_with_blanks(run):
-    for command in (["recipes"], ["models"], ["models", "torchvision:squeezenet1_1"]):
+    for command in (["recipes"], ["methods"], ["models", "torchvision:squeezenet1_1"]):
         assert [line for line in run(*command)[1].splitlines() if line != line.rstrip()] == []
 
 

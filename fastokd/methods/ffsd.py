@@ -237,7 +237,7 @@ class FFSDModules(MethodModules):
         self, spec: BranchSpec, fusion_weight_decay: float = 1e-5, decoder_lr: float = 1e-3
     ) -> None:
         super().__init__()
-        peers = [stages(peer) for peer in spec.branches]
+        peers = [stages(peer) for peer in dict.fromkeys(spec.branches)]
         if any(other != peers[0] for other in peers):
             reason = "students and leader compare their feature maps stage by stage"
             raise ValueError(f"{reason}, so they must be one network; name one")

@@ -170,13 +170,14 @@ def allowed_methods(name: str) -> list[str]:
     with torch.device("meta"):
         backbone = find_backbone(name)
         trunk, branch = backbone.build_trunk(), backbone.build_branch(10, 1, 0)
+        peer, shared_channels = Peer(trunk, branch), trunk_channels(trunk)
 
         def can_train(method: Method) -> bool:
             if method.build_companion is None:
                 return True
             peers, count = method.topologies[0] == "peers", method.default_branches
-            branches = [Peer(trunk, branch) if peers else branch] * count
-            channels = trunk_channels(None if peers else trunk)
+            branches = [peer if peers else branch] * count
+            channels = trunk_channels(None) if peers else shared_channels
             spec = BranchSpec((branch.channels,) * count, channels, 10, branches)
             try:
                 method.build_companion(spec, **method.default_model_options())
