@@ -8,6 +8,7 @@ then its options and configurations must be sound.
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -23,6 +24,7 @@ import torch
 import tyro
 import yaml
 from cifar_files import write_cifar
+from launching import finish, start
 from PIL import Image
 
 from fastokd import cli, methods
@@ -255,6 +257,19 @@ def check_names(page: str, names: dict[str, object]) -> None:
             torch.testing.assert_close(
                 model.eval()(images).logits[0], names["stock"].eval()(images), rtol=1e-4, atol=1e-5
             )
+        # A new process knows the network's module only by --plugin.
+        paths = [
+            str(Path(name).absolute()) for name in ("runs/own-network/export", "path/to/images/val")
+        ]
+        evaluation = ["eval", paths[0], "--data", paths[1]]
+        code, _, errors = finish(start(["-m", "fastokd", *evaluation]))
+        assert code == 4
+        assert "pass --plugin with its file or with own_network@FOLDER" in errors
+        assert run_command([*evaluation, "--plugin", "examples/own_network.py"]) == ""
+    if page == "docs/plugins.md":
+        lines = Path("runs/consensus/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        terms = {f"kl/consensus->branch{number}" for number in (1, 2, 3)}
+        assert terms <= set(json.loads(lines[-1])["train"])
     if page == "docs/fine-tuning.md":
         assert all(parameter.grad is not None for parameter in names["model"].parameters())
     if page == "docs/own-loop.md":

@@ -4,7 +4,6 @@ show.
 
 import contextlib
 import io
-import json
 import re
 import runpy
 import sys
@@ -69,44 +68,6 @@ def pictures(tmp_path_factory):
 
 def test_own_loop_example_learns():
     assert last_percentage(run_here("own_loop.py", "--epochs", 5)) > 85  # ten classes
-
-
-def test_own_method_example_trains(tmp_path):
-    plugin = ["--plugin", ROOT / "examples" / "own_method.py"]
-    code, output, errors = finish(start(["-m", "fastokd", "show", "consensus", *plugin]))
-    assert code == 0, errors
-    assert "T=3, teacher detached" in output
-    options = ["--batch-size", 128, "--epochs", 1, "--out", tmp_path / "run", "--quiet"]
-    train = ["-m", "fastokd", "train", "--data", "digits", "--method", "consensus", *options]
-    code, output, errors = finish(start([*train, "--model", "resnet8", *plugin]))
-    assert code == 0, errors
-    measured = json.loads(
-        (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-    )
-    assert {"kl/consensus->branch1", "kl/consensus->branch2", "kl/consensus->branch3"} <= set(
-        measured["train"]
-    )
-
-
-def test_own_network_example_trains_and_exports(pictures, tmp_path):
-    """The files of a run need the module of its network, and report it."""
-    run_folder, plugin = tmp_path / "run", ["--plugin", ROOT / "examples" / "own_network.py"]
-    model = ["--model", "own_network:make_net", "--at", "blocks.2", "--branches", 2]
-    small = ["--aux-blocks", 1, "--epochs", 1, "--batch-size", 64, "--image-size", 16]
-    train = ["train", "--data", pictures, "--out", run_folder, *model, *small, *plugin]
-    fastokd = ["-m", "fastokd"]
-    code, _, errors = finish(start([*fastokd, *train]))
-    assert code == 0, errors
-    code, output, errors = finish(start([*fastokd, "export", run_folder]))  # from config.yaml
-    assert code == 0, errors
-    assert "own_network:make_net alone" in output
-    evaluation = [*fastokd, "eval", run_folder / "export", "--data", pictures / "val"]
-    code, _, errors = finish(start(evaluation))
-    assert code == 4
-    assert "pass --plugin with its file or with own_network@FOLDER" in errors
-    code, output, errors = finish(start([*evaluation, *plugin]))
-    assert code == 0, errors
-    assert "accuracy" in output
 
 
 def test_branch_torchvision(tmp_path):
