@@ -67,7 +67,7 @@ def pictures(tmp_path_factory):
 
 
 def test_own_loop_example_learns():
-    assert last_percentage(run_here("own_loop.py", "--epochs", 5)) > 85  # ten classes
+    assert last_percentage(run_here("own_loop.py", "--epochs", 3)) > 85  # ten classes
 
 
 def test_branch_torchvision(tmp_path):
