@@ -359,7 +359,7 @@ def test_two_nodes_train_with_dali(tmp_path):
     assert [code for code, *_ in results] == [0, 0], results
     (output,) = [output for _, output, _ in results if output]
     assert "loader dali" in output
-    assert "2 steps per epoch of 32 images; each epoch drops 4 of 68 images" in output
+    assert "2 steps per epoch; each epoch drops 4 of 68 images" in output
     assert "batch 32 = 2 processes x 16" in output
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 2
 

@@ -305,7 +305,7 @@ def test_fine_tuned_network_of_timm_resumes_and_is_exported(tmp_path, digits):
         "): 75 tensors loaded; new: fc.weight, fc.bias",
         "the other branches start as copies of the student's, without noise because their views",
         "normalization: mean ",
-        "augmentation: random crops after padding by 1 pixels, trivialaugment; 2 views of each",
+        "; augmentation: random crops after padding by 1 pixels, trivialaugment; 2 views of each",
         "the weights do not state their normalization, so the data's is used; pass --normalizat",
         "stochastic depth: 0.2 in the last residual block",
         "; label smoothing 0.1",

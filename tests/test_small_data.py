@@ -54,7 +54,7 @@ def test_defaults_train_six_hundred_images(six_hundred, tmp_path, capsys):
     output = capsys.readouterr().out
     few = "few images: the default batch size is 16 and the default learning rate 0.0125 instead of"
     assert f"{few} 128 and 0.1" in output
-    assert "37 steps per epoch of 16 images; each epoch drops 8 of 600 images, drawn at" in output
+    assert "batch 16; 37 steps per epoch; each epoch drops 8 of 600 images, drawn at" in output
     assert "advice" not in output
     config = RunFolder(out).load_config()
     assert (config.batch_size, config.lr) == (16, 0.0125)
@@ -64,7 +64,7 @@ def test_defaults_train_six_hundred_images(six_hundred, tmp_path, capsys):
     chosen = ["--batch-size", "128", "--epochs", "1", "--out", str(tmp_path / "other")]
     assert main([*train[:7], "--aux-blocks", "0", *chosen]) == 0
     output = capsys.readouterr().out
-    assert "4 steps per epoch of 128 images" in output
+    assert "batch 128; 4 steps per epoch" in output
     assert "fewer than 20 steps; try --batch-size 16 --lr 0.0125, and more --epochs" in output
     assert "kd_weight only reaches 0.0067 in 1 epoch, so" in output
 
@@ -90,7 +90,7 @@ def lines(share, steps=100, **settings):
 def test_few_images_per_normalization_are_reported():
     few = BatchShare(96, 32, 1, 3)
     found = lines(few)
-    assert found[0] == "100 steps per epoch of 96 images"
+    assert found[0] == "100 steps per epoch"
     assert re.search(r"each process normalizes over 3 images, .* --sync-bn True, or", found[1])
     assert len(lines(few, sync_bn=True)) == 1
     assert len(lines(BatchShare(512, 32, 1, 16))) == 1

@@ -89,7 +89,7 @@ def describe_batches(
     dropped = num_images - steps * config.batch_size
     images = f"; each epoch drops {dropped} of {num_images} images, drawn at random"
     images *= dropped > 0
-    yield f"{steps} step{'s' * (steps != 1)} per epoch of {config.batch_size} images{images}"
+    yield f"{steps} step{'s' * (steps != 1)} per epoch{images}"
     if steps < FEW_STEPS:
         smaller = _smaller_batch(config.batch_size, num_images, share.processes)
         fix = "train more --epochs"

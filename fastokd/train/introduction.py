@@ -24,7 +24,7 @@ def introduction(
     step: TrainStep,
     teacher: Teacher | None,
     *,
-    batches: Iterable[str] = (),
+    batches: Iterable[str],
     seen: Mapping[str, Any] | None = None,
     num_held_out: int = 0,
     with_memory: bool = True,
@@ -39,12 +39,13 @@ def introduction(
         with_memory: estimate the memory, which takes a second.
     """
     yield describe_data(dataset)
-    yield describe_normalization((dataset.mean, dataset.std))
-    yield describe_augmentation(config, dataset.augment)
+    normalization = describe_normalization((dataset.mean, dataset.std))
+    yield f"{normalization}; {describe_augmentation(config, dataset.augment)}"
     yield from describe_stochastic_depth(config)
     yield explain_loader(config, dataset, step.device, seen)
-    yield f"step: {step.options.describe()}; {step.share.describe()}"
-    yield from batches
+    steps, *advice = batches
+    yield f"step: {step.options.describe()}; {step.share.describe()}; {steps}"
+    yield from advice
     yield from step.notes
     if with_memory:
         yield from describe_memory(config, dataset, step.device, teacher)
