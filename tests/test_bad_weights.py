@@ -47,6 +47,9 @@ def broken_files(folder):
     """Files that are not weights of a ResNet-8, and what the message says about each."""
     (folder / "text.pth").write_text("not a file of weights")
     yield "text.pth", r"text\.pth is damaged or not a file of weights \(it was not written by"
+    for name in ("student.onnx", "student.pt2"):
+        (folder / name).write_bytes(b"a program")
+        yield name, rf"{name} is an exported program without a network's weights; pass the run"
     torch.save(resnet8(), folder / "whole.pth")
     whole = (folder / "whole.pth").read_bytes()
     (folder / "half.pth").write_bytes(whole[: len(whole) // 2])

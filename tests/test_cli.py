@@ -19,6 +19,7 @@ from fastokd.cli import main
 from fastokd.experiments.recipes import get_recipe
 from fastokd.methods import get_method, list_methods
 from fastokd.train.checkpoint import load_checkpoint
+from fastokd.train.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = [
@@ -716,6 +717,15 @@ def test_help_shows_the_defaults_of_the_recipe(run):
     recipe = get_recipe("cifar10-resnet32-ahbf").config
     assert f"Passes over the training images (default: {recipe.epochs})" in text
     assert run("train", "--recipe", "nonsense", "--help")[0] == 2
+
+
+def test_option_without_truth_value_means_true(run, tmp_path):
+    small = ("--data", "digits", "--model", "resnet8", "--method", "baseline", "--epochs", "1")
+    out = tmp_path / "run"
+    code, _, errors = run("train", *small, "--sync_bn", "--flip", "--out", str(out))
+    assert code == 0, errors
+    config = RunFolder(out).load_config()
+    assert (config.sync_bn, config.flip) == (True, True)
 
 
 def test_retired_options_are_named(run):

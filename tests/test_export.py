@@ -892,14 +892,22 @@ def test_eval_of_wrongly_named_file_is_refused(run, tmp_path, capsys):
     )
 
 
-def test_folder_with_several_exports_is_refused(run, tmp_path, capsys):
+def test_folder_of_several_exports_without_default_is_refused(run, tmp_path, capsys):
+    names = {path.name for path in (run / "export").iterdir()}
+    assert {"student.onnx", "student.pt2", "student.safetensors"} <= names
+    code, output, _ = call(capsys, "eval", run / "export", "--data", "digits")
+    assert code == 0
+    assert "student.safetensors" in output
+    load_student(run / "export")
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("onnx", "torch-export"):
+        shutil.copy(file_of(run, name), programs)
     mistake(
-        call(capsys, "eval", run / "export", "--data", "digits"),
+        call(capsys, "eval", programs, "--data", "digits"),
         4,
-        r"export holds 3 exports \(student\.onnx, student\.pt2, student\.safetensors\); name the"
-        r" file",
+        r"programs holds 2 exports \(student\.onnx, student\.pt2\); name the file",
     )
-    load_student(run / "export")  # of these one alone holds weights
     shutil.copy(file_of(run, "safetensors"), tmp_path / "a.safetensors")
     shutil.copy(file_of(run, "safetensors"), tmp_path / "b.safetensors")
     with pytest.raises(

@@ -450,7 +450,8 @@ def _weight(*values: float) -> Tensor:
         (lambda: BaselineLoss(1, ignore_index=True), "ignore_index=True; it must be an integer"),
         (
             lambda: BaselineLoss(1)(draw(2, 5, 3), labels(2, 3)),
-            "branch_logits holds 2 tensors; this loss needs 1",
+            "branch_logits holds 2 tensors; this loss needs 1; one tensor is a stack of them, so"
+            " pass a list",
         ),
         (
             lambda: DMLLoss(2)([draw(2, 5, 3), draw(2, 5)], labels(2, 3)),

@@ -29,6 +29,8 @@ from fastokd.plugins import load_plugins
 from fastokd.train.config import RETIRED
 from fastokd.version import __version__
 
+BOOLEAN = "{True,False"
+"""The start of the choices of an option that takes True or False."""
 DESCRIPTION = f"""Online knowledge distillation: train a small classifier with deeper branches that
 teach it, and keep the small one.
 
@@ -84,6 +86,7 @@ def _run(arguments: list[str]) -> int:
         if command.plugins:
             load_plugins(plugin_words(arguments))  # names in the other arguments may need them
         target, description = command.load(arguments), None
+        arguments = _with_truth_values(target, arguments)
     else:
         target, description = overview(command), GROUPS[words[0]] if words else DESCRIPTION
         if arguments and arguments[0] not in ("-h", "--help"):
@@ -105,6 +108,21 @@ def _run(arguments: list[str]) -> int:
     if unknown:
         raise ConfigError(_unknown(unknown[0], option_names(target), name))
     return call() or EXIT_OK
+
+
+def _with_truth_values(target: Any, arguments: Sequence[str]) -> list[str]:
+    """The arguments with True after each option that takes True or False and has no value."""
+    names = {
+        f"--{name.replace('_', '-')}"
+        for name, kind, _ in options_of(target)
+        if BOOLEAN in str(kind)
+    }
+    complete = []
+    for word, following in zip(arguments, [*arguments[1:], "--"], strict=False):
+        complete.append(word)
+        if word.replace("_", "-") in names and following.startswith("--"):
+            complete.append("True")
+    return complete
 
 
 def _incomplete(target: Any, arguments: Sequence[str]) -> str:

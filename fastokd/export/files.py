@@ -140,7 +140,7 @@ def load_student(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def find_export(path: Path, suffixes: Collection[str] = ()) -> Path:
-    """The export at a path: the file itself, or the only one in the folder.
+    """The export at a path: the file; in a folder ``student.safetensors``, else the only one.
 
     Args:
         suffixes: allowed endings of its name; empty for every format.
@@ -153,6 +153,8 @@ def find_export(path: Path, suffixes: Collection[str] = ()) -> Path:
     if path.is_dir():
         names = sorted(file.name for file in path.iterdir() if file.is_file())
         names = [name for name in names if name.endswith(wanted) and not name.startswith(".")]
+        if (default := get_format("safetensors").filename) in names:
+            names = [default]
         if len(names) > 1:
             listed = ", ".join(names)
             raise CheckpointError(f"{path} holds {len(names)} exports ({listed}); name the file")

@@ -31,7 +31,8 @@ def as_rows(value: Sequence[Tensor] | Tensor, count: int, name: str) -> list[Ten
         raise TypeError(f"{name} must be a tensor or a sequence of {count} tensors, got {kind}")
     rows = list(value)
     if len(rows) != count:
-        raise ValueError(f"{name} holds {len(rows)} tensors; this loss needs {count}")
+        stacked = "; one tensor is a stack of them, so pass a list" * isinstance(value, Tensor)
+        raise ValueError(f"{name} holds {len(rows)} tensors; this loss needs {count}{stacked}")
     return rows
 
 

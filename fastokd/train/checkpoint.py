@@ -61,7 +61,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     """
     if not os.path.lexists(path):
         raise CheckpointError(
-            f"there is no checkpoint at {path}: no epoch was finished, or this is no run folder"
+            f"there is no checkpoint at {path}: none was written yet, or this is no run folder"
         )
     state = _read(path, device)
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):

@@ -16,7 +16,7 @@ from fastokd.data.files import IMAGENET_MEAN, IMAGENET_STD
 from fastokd.errors import CheckpointError, ConfigError, class_differences, first_line, summarize
 from fastokd.export import find_export, load_student, load_weights
 from fastokd.methods import get_method
-from fastokd.models.libraries import LIBRARIES, library_network, without_auxiliary
+from fastokd.models.libraries import LIBRARIES, library_network, suggest_library, without_auxiliary
 from fastokd.train.build import before_teaching, build_model, is_before_teaching
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, one_teacher
@@ -102,7 +102,9 @@ def check_teacher(config: TrainConfig) -> None:
     if path is None:
         pretrained_weights(library, name)
     elif not path.exists():
-        raise CheckpointError(f"there is no teacher at {path} (teacher={spec})")
+        known = None if library or path.name != spec else suggest_library(spec)
+        hint = f"; for the published weights pass {known}" if known else ""
+        raise CheckpointError(f"there is no teacher at {path} (teacher={spec}){hint}")
     elif path.is_dir():
         find_export(path, (".safetensors",))
     elif not library and path.suffix not in (".pt", ".npy", ".safetensors"):

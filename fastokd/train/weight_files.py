@@ -42,6 +42,9 @@ def read_file(path: Path) -> tuple[Mapping[str, Any], bool]:
     from safetensors import safe_open
     from safetensors.torch import load_file
 
+    if path.suffix in (".onnx", ".pt2"):
+        fix = "pass the run, or its export in the format safetensors"
+        raise CheckpointError(f"{path} is an exported program without a network's weights; {fix}")
     try:
         if path.suffix != ".safetensors":
             with torch.serialization.safe_globals(_harmless()):
