@@ -2,6 +2,8 @@
 reported in one line.
 """
 
+import io
+import re
 import time
 
 import numpy as np
@@ -194,6 +196,23 @@ def test_truncated_file_is_refused_or_complete(picture, tmp_path, suffix):
         except Exception:
             continue
         assert np.array_equal(decoded, want), length  # only the bytes after the picture are gone
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("restarts", [{"restart_marker_blocks": 3}, {"restart_marker_rows": 1}])
+def test_rows_missing_between_restart_markers_are_noticed(mode, subsampling, restarts):
+    noise = np.random.default_rng(0).integers(0, 256, (61, 83, 3), dtype=np.uint8)
+    content = io.BytesIO()
+    image = Image.fromarray(noise).convert(mode)
+    image.save(content, "JPEG", subsampling=subsampling, **restarts)
+    whole = content.getvalue()
+    decode(io.BytesIO(whole))
+    decode(io.BytesIO(whole + b"further bytes \xff\xd0"))
+    markers = [match.start() for match in re.finditer(rb"\xff[\xd0-\xd7]", whole)]
+    for cut in (markers[0], markers[len(markers) // 2], markers[-1]):
+        with pytest.raises(ValueError, match="rows of the JPEG file are missing"):
+            decode(io.BytesIO(whole[:cut] + b"\xff\xd9"))
 
 
 def test_decode_all_names_at_most_ten_damaged_files(tmp_path):

@@ -252,3 +252,43 @@ def test_missing_pyarrow_names_the_extra(data, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(MissingExtra, match=r"needs pyarrow: pip install -e '.\[parquet\]'"):
         list_source(data)
+
+
+def test_column_tells_the_split_where_names_do_not(tmp_path):
+    words = ["train", "Train", "validation", "test", "training", "val"]
+    file = write(tmp_path / "images.parquet", [0, 1, 2, 0, 2, 1], split=words)
+    opened = open_dataset(file)
+    assert opened.train.targets.tolist() == [0, 1, 2]
+    assert opened.val.targets.tolist() == [2, 1]
+    assert opened.test.targets.tolist() == [0]
+    for split, seeds in ((opened.train, (0, 1, 4)), (opened.val, (2, 5)), (opened.test, (3,))):
+        for seed, image in zip(seeds, split.images, strict=True):
+            want = np.asarray(Image.open(io.BytesIO(encoded(seed))))
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), want)
+    write(tmp_path / "images.parquet", [0, 1, 2], split=["train", "fold 3", "test"])
+    with pytest.raises(DataError, match="column split has fold 3; use train, val or test"):
+        open_dataset(file)
+
+
+def test_names_of_files_precede_the_column_of_splits(tmp_path):
+    write(tmp_path / TRAIN, [0, 1, 2], split=["test"] * 3)
+    write(tmp_path / TEST, [2, 1], seed=50, split=["test"] * 2)
+    opened = open_dataset(tmp_path)
+    assert (len(opened.train), len(opened.test)) == (3, 2)
+
+
+def test_several_labels_of_an_image_are_refused(tmp_path):
+    write(tmp_path / TRAIN, [[0], [1, 2], [0]])
+    with pytest.raises(DataError, match=r"row 0 has the label \[0\]; one class number or name"):
+        open_dataset(tmp_path, val_split=0.5)
+
+
+@pytest.mark.parametrize("classes", [3, 70])
+def test_parquet_file_next_to_class_folders_is_not_the_dataset(tmp_path, classes):
+    for number in range(classes):
+        folder = tmp_path / f"class{number}"
+        folder.mkdir()
+        for index in range(2):
+            (folder / f"{index}.png").write_bytes(encoded(index))
+    (tmp_path / "metadata.parquet").write_bytes(b"a table")
+    assert len(list_files(tmp_path, val_split=0.5).classes) == classes

@@ -1,6 +1,7 @@
 """Split folders in the spellings that people use: recognized, or refused with their names."""
 
 import io
+import tarfile
 
 import pytest
 from PIL import Image
@@ -174,3 +175,20 @@ def test_mixed_extensions_of_training_images_are_counted_in_the_first_line(tmp_p
         f"; extensions in training: {number - 2} .png, 2 .jfif; skipped files: 1 without extension"
     )
     assert "extensions in" not in before
+
+
+@pytest.mark.parametrize("link", ["val", "train/owl", "test"])
+def test_link_to_a_missing_folder_is_refused(tmp_path, link):
+    make_tree(tmp_path, "train", "dev")
+    (tmp_path / link).symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=rf"{link}: a link to .*/gone, which does not exist; rest"):
+        list_files(tmp_path)
+    (problem,) = check_dataset(tmp_path).problems["refused"]
+    assert "which does not exist" in problem
+
+
+def test_archive_next_to_splits_is_not_the_dataset(tmp_path):
+    make_tree(tmp_path, "train", "val")
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        archive.add(tmp_path / "train", "train")
+    assert list_files(tmp_path).classes == ("cat", "dog")

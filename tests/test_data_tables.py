@@ -271,3 +271,33 @@ def test_list_of_missing_files_names_the_folder_that_holds_them(tmp_path, images
         read(tmp_path, lines(rows))
     with pytest.raises(DataError, match=r"none of its 8 files exists.* img/ holds it"):
         read(tmp_path, lines([(os.path.splitext(row[0])[0], row[1]) for row in rows]))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("img/1.png,cat, big", "line 3 has 3 columns, and the first line 2; quote values that"),
+        (
+            'img/1.png,"cat\nimg/2.png,dog"',
+            "line 4 ends a value of several lines; check the quotes",
+        ),
+        ('img/1.png,"cat\nimg/2.png,"dog"', "not a CSV file: .* before line 5; check the quotes"),
+        ('img/1.png,"cat', "not a CSV file: unexpected end of data .*; check the quotes"),
+    ],
+)
+def test_wrong_quotes_and_separators_in_lists_are_refused(tmp_path, images, row, message):
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, f"path,label\nimg/0.png,dog\n{row}\n")
+
+
+def test_blanks_before_quotes_and_empty_last_columns_are_read(tmp_path, images):
+    rows = list(zip(images, ["cat, big", "dog"] * 4, strict=True))
+    text = "path, label\n" + "".join(f'{name}, "{label}",,\n' for name, label in rows)
+    assert read(tmp_path, text) == dict(rows)
+
+
+def test_value_of_several_lines_in_another_column_is_read_with_a_warning(tmp_path, images):
+    rows = list(zip(images, LABELS, strict=True))
+    text = "path,label,caption\n" + "".join(f'{a},{b},"two\nlines"\n' for a, b in rows)
+    with pytest.warns(UserWarning, match="over several lines, the first until line 3; check the"):
+        assert read(tmp_path, text) == dict(rows)

@@ -213,7 +213,7 @@ def _images_of_tree(root: Path, found: dict[str, list[str]]) -> list[Image]:
             Image(listing.split, label, os.path.relpath(file, root), file)
             for file, label in zip(listing.files, listing.labels, strict=True)
         ]
-    known = any(found[kind] for kind in ("permission", "empty class", "no labels"))
+    known = any(found[kind] for kind in ("permission", "empty class", "no labels", "refused"))
     if not known and {image.split for image in images} & {"train", ""}:
         try:
             list_tree(root)

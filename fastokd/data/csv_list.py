@@ -89,9 +89,14 @@ def _read_entries(path: Path) -> list[tuple[str, str, str]]:
     entries = []
     for line, row in rows[first:]:
         where = f"{escape(path)}: line {line}"
+        if any(cell.strip() for cell in row[len(rows[0][1]) :]):
+            more = f"{len(row)} columns, and the first line {len(rows[0][1])}"
+            raise DataError(f"{where} has {more}; quote values that contain the separator")
         if len(row) <= max(columns.values()):
             needed = max(columns.values()) + 1
             raise DataError(f"{where} has {len(row)} columns, and column {needed} is needed")
+        if any("\n" in row[column] for column in columns.values()):
+            raise DataError(f"{where} ends a value of several lines; check the quotes")
         file, label = (row[columns[name]].strip() for name in ("path", "label"))
         word = row[columns["split"]].strip().lower() if "split" in columns else "train"
         if not file or not label:
@@ -223,13 +228,19 @@ def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
         if path.suffix.lower() == ".tsv" and "\t" in head:
             delimiter = "\t"
     try:
-        reader = csv.reader(lines[skipped:], delimiter=delimiter)
+        reader = csv.reader(
+            lines[skipped:], delimiter=delimiter, skipinitialspace=True, strict=True
+        )
         rows = [(reader.line_num + skipped, row) for row in reader]
     except csv.Error as error:
-        raise invalid(path, f"not a CSV file ({escape(error)})") from error
+        fault = f"not a CSV file: {escape(error)} before line {reader.line_num + skipped + 1}"
+        raise invalid(path, f"{fault}; check the quotes") from error
     rows = [(line, row) for line, row in rows if any(cell.strip() for cell in row)]
     if not rows:
         raise invalid(path, f"empty; {_FORM}")
+    if several := [line for line, row in rows if any("\n" in cell for cell in row)]:
+        lines_of = f"quoted values extend over several lines, the first until line {several[0]}"
+        warnings.warn(f"{escape(path)}: {lines_of}; check the quotes", stacklevel=2)
     return rows
 
 

@@ -6,6 +6,7 @@ for files for which ``decodes_alike`` is true.
 """
 
 import itertools
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -217,6 +218,8 @@ def _check_complete(content: bytes, image: "Image.Image") -> None:
             if len(stream.decompress(pixels, header.num_bytes)) < header.num_bytes:
                 raise ValueError("truncated: rows of the PNG file are missing")
     elif content.startswith(JPEG):
+        if _lacks_restarts(content):
+            raise ValueError("truncated: rows of the JPEG file are missing")
         check_jpeg_rows(content, np.asarray(image.crop((0, image.height - 1, *image.size))))
 
 
@@ -237,6 +240,39 @@ def check_jpeg_rows(content: bytes, last_row: "np.typing.NDArray[np.uint8]") -> 
         return
     if not (changed == 128).all():
         raise ValueError("truncated: rows of the JPEG file are missing")
+
+
+def _lacks_restarts(content: bytes) -> bool:
+    """True for a sequential JPEG file of one scan with fewer restart markers than its size needs;
+    for missing rows, libjpeg continues with the pixels before them.
+    """
+    position, interval, num_blocks, num_components = 2, 0, 0, 0
+    while position + 4 <= len(content):
+        mark, kind, length = struct.unpack_from(">BBH", content, position)
+        body = content[position + 4 : position + 2 + length]
+        if mark != 0xFF:
+            return False
+        if kind == 0xDD and len(body) == 2:
+            interval = int.from_bytes(body)
+        elif kind in (0xC0, 0xC1) and len(body) >= 9:
+            height, width, num_components = struct.unpack_from(">HHB", body, 1)
+            across, down = 8, 8
+            if num_components > 1:
+                factors = body[7::3]
+                across *= max(each >> 4 for each in factors)
+                down *= max(each & 15 for each in factors)
+            num_blocks = -(-width // across) * -(-height // down)
+        elif kind == 0xDA:
+            break
+        position += 2 + length
+    else:
+        return False
+    # Another number: several scans.
+    if not interval or not num_blocks or not body or body[0] != num_components:
+        return False
+    end = content.find(b"\xff\xd9", position)
+    restarts = re.findall(rb"\xff[\xd0-\xd7]", content[position : None if end < 0 else end])
+    return len(restarts) < -(-num_blocks // interval) - 1
 
 
 HEADER_BYTES = 1 << 14

@@ -7,7 +7,7 @@ If ``val/`` or ``test/`` is flat, as for ImageNet and Tiny-ImageNet, a label fil
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -122,6 +122,8 @@ def list_tree(root: Path) -> DataSource[FileSplit]:
         present = [entry.name + "/" for entry in entries(root) if is_folder(entry)]
         raise invalid(root, f"no train/ (found {summarize(present)}); {_ARRANGE}")
     check_finished(root)
+    if error := _missing_target(root, entries(root)):
+        raise error
     classes: list[str] = []
     splits: dict[str, FileSplit] = {}
     ignored, empty = [f"{name}/" for name in unused], []
@@ -261,6 +263,8 @@ def _walk_split(
     except DataError as error:
         listing.note("permission", escape(error), error)
         return listing
+    if broken := _missing_target(root / folder, present):
+        listing.note("refused", escape(broken), broken)
     listing.classes = [entry.name for entry in present if is_folder(entry)]
     loose = (entry.path for entry in present if not is_folder(entry) and is_image(entry.name))
     listing.ignored += [os.path.relpath(path, root) for path in loose]
@@ -392,6 +396,15 @@ def entries(folder: Path | str) -> list["os.DirEntry[str]"]:
             return sorted(shown, key=lambda entry: entry.name)
     except OSError as error:
         raise cannot_read(folder, error) from error
+
+
+def _missing_target(folder: Path, present: Iterable["os.DirEntry[str]"]) -> DataError | None:
+    """The error for a link to a missing folder, which may have held a class or a split."""
+    for entry in present:
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            missing = f"a link to {escape(os.readlink(entry.path))}, which does not exist"
+            return invalid(folder / entry.name, f"{missing}; restore it or delete the link")
+    return None
 
 
 def identity(folder: Path | str) -> tuple[int, int]:

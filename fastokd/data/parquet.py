@@ -26,7 +26,7 @@ from fastokd.data.dataset import DataSource, invalid
 from fastokd.data.files import FileSplit, Members, cannot_read, from_splits
 from fastokd.data.images import EXTENSIONS
 from fastokd.data.kinds import DatasetKind
-from fastokd.data.split_names import files_by_split, read_name
+from fastokd.data.split_names import SPLIT_OF, SPLITS, files_by_split, read_name
 from fastokd.errors import DataError, MissingExtra, StorageError, escape, summarize
 from fastokd.storage import write_atomically
 
@@ -56,14 +56,16 @@ class Table(NamedTuple):
     labels: tuple[Any, ...]
     classes: tuple[str, ...] | None
     """The names of the labels 0, 1, ... if the file has them."""
+    splits: tuple[str, ...] | None
+    """The split of each image if the file has a column of them."""
 
 
 def list_parquet(path: Path) -> DataSource[FileSplit]:
     """List the images of a Parquet file, or of all in a folder and its subfolders.
 
     A word in their names or folders (``data/train-00000-of-00001.parquet``,
-    ``default/validation/0000.parquet``) tells the split. Class names are those in the metadata of
-    Hugging Face, else the labels.
+    ``default/validation/0000.parquet``) tells the split, else a column ``split``. Class names are
+    those in the metadata of Hugging Face, else the labels.
 
     Raises:
         MissingExtra: pyarrow is not installed.
@@ -92,6 +94,16 @@ def list_parquet(path: Path) -> DataSource[FileSplit]:
     splits = {
         split: _file_split(split, root, read, number) for split, read in tables.items() if read
     }
+    read = tables.get("train", [])
+    if set(splits) == {"train"} and all(table.splits for table in read):
+        words = np.array([word for table in read for word in table.splits or ()])
+        images = {split: torch.from_numpy(np.flatnonzero(words == split)) for split in SPLITS}
+        whole = splits["train"]
+        splits = {
+            split: whole.select(index, split) for split, index in images.items() if len(index)
+        }
+        if "train" not in splits:
+            raise invalid(path, "no training images in it; rows with the split train are needed")
     name = path.resolve().name if root == path else path.stem
     return from_splits(name, classes, splits, root.resolve(), skipped)
 
@@ -122,8 +134,10 @@ def _search(root: Path, folder: str, depth: int, files: list[str]) -> bool:
             return False
         elif not extension and os.path.isdir(root / inside):
             folders.append(inside)
-    if not depth or len(folders) > _MOST_FOLDERS:
+    if not depth:
         return True
+    if len(folders) > _MOST_FOLDERS:
+        return False
     return all([_search(root, inside, depth - 1, files) for inside in folders])
 
 
@@ -145,6 +159,7 @@ def _read(root: Path, file: str) -> Table:
             image, label, classes = _columns(opened.schema_arrow, path)
             copy, sizes, names = _copied(opened, path, image)
             labels = opened.read(columns=[label]).column(0).to_pylist()
+            splits = _splits(opened, path)
     except OSError as error:  # pyarrow's errors about damage are OSErrors or ValueErrors
         if error.errno:
             raise cannot_read(path, error) from error
@@ -153,10 +168,25 @@ def _read(root: Path, file: str) -> Table:
         if isinstance(error, DataError):
             raise
         raise invalid(path, f"not a Parquet file ({escape(error)}); download it again") from error
-    if None in labels:
-        raise invalid(path, f"row {labels.index(None)} has no label; fill or drop it")
+    for row, value in enumerate(labels):
+        if value is None:
+            raise invalid(path, f"row {row} has no label; fill or drop it")
+        if isinstance(value, (list, dict)):
+            given = f"row {row} has the label {escape(value)[:80]}"
+            raise invalid(path, f"{given}; one class number or name per image is needed")
     shown = tuple(f"{file}/{row}{f'-{name}' if name else ''}" for row, name in enumerate(names))
-    return Table(file, shown, copy, tuple(sizes), tuple(labels), classes)
+    return Table(file, shown, copy, tuple(sizes), tuple(labels), classes, splits)
+
+
+def _splits(opened: Any, path: Path) -> tuple[str, ...] | None:
+    """The split of each row by a column ``split``; None without one."""
+    if "split" not in opened.schema_arrow.names:
+        return None
+    words = [str(word).lower() for word in opened.read(columns=["split"]).column(0).to_pylist()]
+    if unknown := sorted({word for word in words if word not in SPLIT_OF}):
+        fix = "use train, val or test, or rename the column"
+        raise invalid(path, f"column split has {summarize(unknown)}; {fix}")
+    return tuple(SPLIT_OF[word] for word in words)
 
 
 def _pyarrow() -> Any:

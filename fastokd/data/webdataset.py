@@ -20,11 +20,11 @@ import torch
 from fastokd.data import files
 from fastokd.data.dataset import DataSource, invalid
 from fastokd.data.files import FileSplit, Members, cannot_read
-from fastokd.data.folder import split_folders
+from fastokd.data.folder import entries, is_folder, split_folders
 from fastokd.data.images import EXTENSIONS
 from fastokd.data.kinds import DatasetKind
 from fastokd.data.split_names import files_by_split
-from fastokd.errors import escape, summarize
+from fastokd.errors import DataError, escape, summarize
 
 CLASSES_FILE = "classes.txt"
 
@@ -134,9 +134,13 @@ def _find_shards(root: Path) -> list[str]:
 
 
 def _detect(path: Path) -> bool:
+    """True for a folder of shards, unless its split folders hold class folders."""
     try:
-        return bool(_find_shards(path))
-    except OSError:  # reported when the folder is read
+        if not _find_shards(path):
+            return False
+        splits = split_folders(path).folders.values()
+        return not any(is_folder(entry) for name in splits for entry in entries(path / name))
+    except (OSError, DataError):  # reported when the folder is read
         return False
 
 
