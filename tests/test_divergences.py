@@ -3,8 +3,10 @@
 The terms themselves are compared with NumPy for every executor in ``executor_contract``.
 """
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graph_catalog import make_inputs
+from method_runs import SHORT_RUN, few_digits, make
 from oracles import graphs as graph_oracle
 from torch import Tensor
 
@@ -339,6 +342,24 @@ def test_methods_take_every_divergence_or_name_the_reason(
         )
         results.append((rows, *torch.autograd.grad(rows, inputs.leaves(), materialize_grads=True)))
     torch.testing.assert_close(*results)
+    # The reported mixtures are those of the plain method.
+    mixtures = [
+        GraphLoss(replace(graph, teacher="")).mixtures(inputs.logits, inputs.weights)
+        for graph in (ours, theirs)
+    ]
+    assert mixtures[0].keys() == mixtures[1].keys()
+    torch.testing.assert_close(*mixtures)
+
+
+@pytest.mark.parametrize("divergence", ["dkd", "js"])
+def test_ahbf_trains_with_another_divergence(divergence: str, tmp_path: Path) -> None:
+    options = {"divergence": divergence, "standardize": True}
+    config = replace(SHORT_RUN, method_options=options, epochs=1, deterministic=False)
+    trainer = make(config, tmp_path / "run", few_digits())
+    trainer.run()
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    names = json.loads(line)["train"].keys()
+    assert any(name.startswith(f"{divergence}/") for name in names), names
 
 
 def test_frozen_teacher_has_the_divergence_of_the_method() -> None:

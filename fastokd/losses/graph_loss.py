@@ -488,7 +488,8 @@ class GraphLoss(nn.Module):
         externals = [first] * plan.num_externals
         rows = node_rows(plan, Inputs(rows, weights, externals, target, first))
         derived = (node.name for node in graph.ordered if node.inputs)
-        named = dict(zip((*graph.logits, *graph.externals, *derived), rows, strict=True))
+        names = (*graph.logits, *graph.externals, *derived)
+        named = dict(zip(names, rows, strict=False))  # rows of terms (DKD) follow
         return {name: named[name] for name in graph.mixtures}
 
     @torch.no_grad()
