@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastokd.data import list_files, open_dataset, open_evaluation
+from fastokd.data import list_files, list_source, open_dataset, open_evaluation
 from fastokd.data.check import check_dataset
 from fastokd.data.files import IMAGENET_MEAN
 from fastokd.errors import EXIT_DATA, DataError
@@ -497,6 +497,39 @@ class TestWebDataset:
         split = list_files(tmp_path, val_split=0.25).train
         part = split.select(torch.tensor([4, 1]))
         assert [part.read(0), part.read(1)] == [split.read(4), split.read(1)]
+
+    def test_hard_links_in_shards_are_read(self, tmp_path):
+        """GNU tar writes a file of several names once."""
+        write_shard(tmp_path / "train-0.tar", [(str(k), k % 2) for k in range(4)])
+        with tarfile.open(tmp_path / "train-0.tar", "a") as archive:
+            for key, name in (("8", "0"), ("9", "3")):
+                for extension in ("png", "cls"):
+                    info = tarfile.TarInfo(f"{key}.{extension}")
+                    info.type, info.linkname = tarfile.LNKTYPE, f"{name}.{extension}"
+                    archive.addfile(info)
+        source = list_source(tmp_path).train
+        assert [file.split("/")[-1] for file in source.files][-2:] == ["8.png", "9.png"]
+        assert source.targets.tolist() == [0, 1, 0, 1, 0, 1]
+        assert (source.read(4), source.read(5)) == (source.read(0), source.read(3))
+
+    @pytest.mark.parametrize(
+        ("label", "message"),
+        [
+            ("", "sample 0 has the label '' in its .cls file; write a class number or name"),
+            ("a\0\0", r"sample 0 has the label 'a\\x00\\x00' in its"),
+            ("{}", "class numbers from 1 on; number them from 0"),
+        ],
+    )
+    def test_shards_with_unusable_labels_are_refused(self, tmp_path, label, message):
+        samples = [(str(k), k % 2 + 1) for k in range(8)]
+        write_shard(tmp_path / "train-0.tar", samples, lambda target: label.format(target))
+        refused(tmp_path, message, val_split=0.25)
+
+    def test_sample_with_two_images_is_refused(self, tmp_path):
+        write_shard(tmp_path / "train-0.tar", [(str(k), k % 2) for k in range(4)])
+        with tarfile.open(tmp_path / "train-0.tar", "a") as archive:
+            archive.addfile(tarfile.TarInfo("2.jpg"))
+        refused(tmp_path, r"sample 2 has 2 images \(2.png, 2.jpg\); keep one", val_split=0.25)
 
     def test_damaged_shard_is_named(self, tmp_path, monkeypatch):
         def denied(*given, **more):

@@ -292,3 +292,27 @@ def test_parquet_file_next_to_class_folders_is_not_the_dataset(tmp_path, classes
             (folder / f"{index}.png").write_bytes(encoded(index))
     (tmp_path / "metadata.parquet").write_bytes(b"a table")
     assert len(list_files(tmp_path, val_split=0.5).classes) == classes
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["cat", "", "dog"], "row 1 has the label ''; one class number or name per image"),
+        ([1, 2, 1], "labels from 1 on; number the classes from 0"),
+    ],
+)
+def test_unusable_labels_are_refused(tmp_path, labels, message):
+    write(tmp_path / TRAIN, labels, names=None)
+    with pytest.raises(DataError, match=message):
+        open_dataset(tmp_path, val_split=0.5)
+
+
+def test_path_of_another_type_is_a_name_and_text_is_no_image(tmp_path):
+    file = tmp_path / "train.parquet"
+    images = [{"bytes": encoded(i), "path": i} for i in range(4)]
+    pq.write_table(pa.table({"image": images, "label": [0, 1, 0, 1]}), file)
+    assert list_source(file).train.files[2].endswith("/2-2")
+    images = [{"bytes": "aGVsbG8=", "path": "a.png"}] * 4
+    pq.write_table(pa.table({"image": images, "label": [0, 1, 0, 1]}), file)
+    with pytest.raises(DataError, match="row 0 has an image of type str; the encoded bytes"):
+        list_source(file)

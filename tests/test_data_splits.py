@@ -1,13 +1,15 @@
 """Split folders in the spellings that people use: recognized, or refused with their names."""
 
 import io
+import re
 import tarfile
 
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fastokd.data import list_files, open_dataset
 from fastokd.data.check import check_dataset
+from fastokd.data.decoding import decode
 from fastokd.errors import DataError
 from fastokd.train.describe import describe_data
 
@@ -192,3 +194,22 @@ def test_archive_next_to_splits_is_not_the_dataset(tmp_path):
     with tarfile.open(tmp_path / "images.tar", "w") as archive:
         archive.add(tmp_path / "train", "train")
     assert list_files(tmp_path).classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("train", "val"), [("caf\u00e9", "cafe\u0301"), ("cat", "cat "), ("dog ", "dog")]
+)
+def test_class_names_that_look_alike_are_explained(tmp_path, train, val):
+    make_tree(tmp_path, "train", classes=(train, "owl"))
+    make_tree(tmp_path, "val", classes=(val, "owl"))
+    expected = f"{train!a} and {val!a} differ in blanks or Unicode form: rename one"
+    with pytest.raises(DataError, match=re.escape(expected)):
+        list_files(tmp_path)
+
+
+def test_postscript_is_not_executed(tmp_path, monkeypatch):
+    """Pillow passes PostScript to Ghostscript."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", None)  # would fail the test below
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    with pytest.raises(UnidentifiedImageError):
+        decode(io.BytesIO(program))

@@ -301,3 +301,9 @@ def test_value_of_several_lines_in_another_column_is_read_with_a_warning(tmp_pat
     text = "path,label,caption\n" + "".join(f'{a},{b},"two\nlines"\n' for a, b in rows)
     with pytest.warns(UserWarning, match="over several lines, the first until line 3; check the"):
         assert read(tmp_path, text) == dict(rows)
+
+
+def test_path_with_a_zero_byte_is_refused(tmp_path, images):
+    rows = "".join(f"{name},{label}\n" for name, label in zip(images, LABELS, strict=True))
+    with pytest.raises(DataError, match="line 18 has a path with a zero byte"):
+        read(tmp_path, f"path,label\n{rows}{rows}img/0\0.png,cat\n")

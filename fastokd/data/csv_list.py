@@ -99,6 +99,8 @@ def _read_entries(path: Path) -> list[tuple[str, str, str]]:
             raise DataError(f"{where} ends a value of several lines; check the quotes")
         file, label = (row[columns[name]].strip() for name in ("path", "label"))
         word = row[columns["split"]].strip().lower() if "split" in columns else "train"
+        if "\0" in file:
+            raise DataError(f"{where} has a path with a zero byte")
         if not file or not label:
             raise DataError(f"{where} has an empty {'label' if file else 'path'}")
         if flag is not None and word in _FLAG_VALUES:

@@ -5,6 +5,7 @@ alike.
 for files for which ``decodes_alike`` is true.
 """
 
+import functools
 import itertools
 import re
 import struct
@@ -27,6 +28,9 @@ _NAMES = (
 )
 EXTENSIONS = frozenset(f".{name}" for name in _NAMES.split())
 """Extensions, in lower case, of the formats that ``decode`` reads."""
+
+_FORMATS = "JPEG PNG GIF BMP DIB WEBP TIFF PPM AVIF JPEG2000 ICO PCX DDS QOI SGI SUN TGA"
+"""Pillow's names of the formats that are decoded, whatever the extension."""
 
 Color = tuple[int, int, int]
 """Red, green and blue from 0 to 255."""
@@ -62,6 +66,23 @@ def parse_color(text: str) -> Color:
     return red, green, blue
 
 
+@functools.cache
+def _installed_formats() -> tuple[str, ...]:
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in _FORMATS.split() if name in Image.OPEN)
+
+
+def open_image(content: bytes) -> "Image.Image":
+    """An image file, opened by Pillow. Only documented formats are tried: Pillow passes PostScript,
+    for example, to Ghostscript.
+    """
+    from PIL import Image
+
+    return Image.open(BytesIO(content), formats=_installed_formats())
+
+
 def decode(source: str | Path | BytesIO, background: Color | None = None) -> "Image.Image":
     """Decode an image file or its bytes, of any format, into an upright 8-bit RGB image.
 
@@ -81,7 +102,7 @@ def decode(source: str | Path | BytesIO, background: Color | None = None) -> "Im
     from PIL import Image
 
     content = source.getvalue() if isinstance(source, BytesIO) else Path(source).read_bytes()
-    with Image.open(BytesIO(content)) as file:
+    with open_image(content) as file:
         file.load()
         _check_complete(content, file)
         image: Image.Image = file
@@ -227,14 +248,13 @@ def check_jpeg_rows(content: bytes, last_row: "np.typing.NDArray[np.uint8]") -> 
     """Raise ``ValueError`` if rows are missing before the end marker of a JPEG file, for which
     libjpeg returns mid-gray: then further data before the marker changes the last row.
     """
-    from PIL import Image
 
     end = content.rfind(b"\xff\xd9")
     if end < 0 or not (last_row == 128).all():
         return
     longer = content[:end] + bytes(range(1, 200)) * 8 + content[end:]
     try:
-        with Image.open(BytesIO(longer)) as image:
+        with open_image(longer) as image:
             changed = np.asarray(image.crop((0, image.height - 1, *image.size)))
     except Exception:  # the further data is damage that is noticed
         return
@@ -297,9 +317,8 @@ def decodes_alike(content: bytes, background: Color | None = None) -> bool:
             return _plain_png(content, background is None)
         if is_plain_jpeg(content):
             return True
-        from PIL import Image
 
-        with Image.open(BytesIO(content)) as image:
+        with open_image(content) as image:
             info, mode = image.info, image.mode
             if is_elongated(*image.size) or b"Orientation" in bytes(info.get("xmp", b"")):
                 return False

@@ -24,7 +24,7 @@ from fastokd.data import dataset
 from fastokd.data.augment import Augment
 from fastokd.data.cache import Cache, Entry
 from fastokd.data.dataset import DataSource, Split, SplitSet, invalid
-from fastokd.data.decoding import Color, decode
+from fastokd.data.decoding import Color, decode, open_image
 from fastokd.data.images import Progress, corrupt_files_error, try_decode_all
 from fastokd.data.text import check_class_names, decode_text, readable
 from fastokd.errors import ConfigError, DataError, did_you_mean, escape, summarize
@@ -366,12 +366,11 @@ def replacement_index(split: FileSplit, index: int, corrupt: Container[int]) -> 
 
 def peek_sizes(split: FileSplit) -> set[tuple[int, int]]:
     """The sizes (height, width) of a few images of a split, from their headers."""
-    from PIL import Image
 
     sizes = set()
     for i in torch.linspace(0, len(split) - 1, min(_PROBED, len(split))).long().tolist():
         # A damaged file is reported when it is decoded.
-        with contextlib.suppress(Exception), Image.open(BytesIO(split.read(i))) as image:
+        with contextlib.suppress(Exception), open_image(split.read(i)) as image:
             sizes.add((image.height, image.width))
     return sizes
 
@@ -381,7 +380,6 @@ def check_headers(splits: Sequence[FileSplit]) -> None:
     8-bit RGB. It reads the headers of up to ``MOST_HEADERS`` files of a split; usually a whole
     dataset has the same type.
     """
-    from PIL import Image
 
     for split in splits:
         names = enumerate(split.files)
@@ -390,7 +388,7 @@ def check_headers(splits: Sequence[FileSplit]) -> None:
         refused = {}
         for i in suspects[::step]:
             # A damaged file is reported when it is decoded.
-            with contextlib.suppress(Exception), Image.open(BytesIO(split.read(i))) as image:
+            with contextlib.suppress(Exception), open_image(split.read(i)) as image:
                 is_deep = image.mode == "I" and image.format != "PPM"
                 if is_deep or image.mode in ("F", "LAB"):
                     refused[i] = f"{image.mode}-mode pixels have no defined 8-bit RGB values"

@@ -7,6 +7,7 @@ If ``val/`` or ``test/`` is flat, as for ImageNet and Tiny-ImageNet, a label fil
 import contextlib
 import dataclasses
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -329,7 +330,16 @@ def _check_same_classes(root: Path, train: str, classes: list[str], listing: Lis
     for (name, names), (other, others) in (pairs, pairs[::-1]):
         if extra := sorted(set(names) - set(others)):
             problem = f"{len(extra)} class(es) in {name}/ and not in {other}/: {summarize(extra)}"
+            alike = {_canonical(each): each for each in set(others) - set(names)}
+            for each in extra:
+                if twin := alike.get(_canonical(each)):
+                    pair = f"{each!a} and {twin!a} differ in blanks or Unicode form"
+                    raise invalid(root, f"{problem}; {pair}: rename one of them")
             raise invalid(root, f"{problem}; every split needs the same class folders")
+
+
+def _canonical(name: str) -> str:
+    return unicodedata.normalize("NFC", name).strip()
 
 
 def split_folders(root: Path) -> SplitFolders:

@@ -158,7 +158,8 @@ def try_decode_all(
             elif image.size != (width, height):
                 one, other = f"{model} is {height}x{width}", f"{files[i]} is {image.height}"
                 sizes = f"{escape(one)} and {escape(other)}x{image.width} (height x width)"
-                fix = f"use --image-size {min(height, width, *image.size)}"
+                side = max(4, min(height, width, *image.size))  # --image-size takes no less
+                fix = f"use --image-size {side}"
                 raise invalid(root, f"images differ in size: {sizes}; {fix}")
             pixels[i] = np.asarray(image)
         return unreadable

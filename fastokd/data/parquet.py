@@ -171,8 +171,8 @@ def _read(root: Path, file: str) -> Table:
     for row, value in enumerate(labels):
         if value is None:
             raise invalid(path, f"row {row} has no label; fill or drop it")
-        if isinstance(value, (list, dict)):
-            given = f"row {row} has the label {escape(value)[:80]}"
+        if value == "" or isinstance(value, (list, dict)):
+            given = f"row {row} has the label {escape(repr(value))[:80]}"
             raise invalid(path, f"{given}; one class number or name per image is needed")
     shown = tuple(f"{file}/{row}{f'-{name}' if name else ''}" for row, name in enumerate(names))
     return Table(file, shown, copy, tuple(sizes), tuple(labels), classes, splits)
@@ -243,13 +243,16 @@ def _images(opened: Any, column: str, path: Path) -> Iterator[tuple[bytes, str]]
         for value in batch.column(0).to_pylist():
             content, name = value, ""
             if isinstance(value, dict):
-                content, name = value.get("bytes"), value.get("path") or ""
+                content, name = value.get("bytes"), str(value.get("path") or "")
             if not content:
                 where = f"row {row} has no image"
                 known = f", only the path {escape(name)}" if name else ""
                 fix = "export the dataset with the images embedded, or drop the row"
                 raise invalid(path, f"{where}{known}; {fix}")
-            yield bytes(content), os.path.basename(name)
+            if not isinstance(content, bytes):
+                given = f"row {row} has an image of type {type(content).__name__}"
+                raise invalid(path, f"{given}; the encoded bytes are needed")
+            yield content, os.path.basename(name)
             row += 1
 
 
@@ -331,6 +334,8 @@ def _classes(root: Path, tables: Sequence[Table]) -> tuple[tuple[str, ...], dict
                 of = f"the {count} class names" if names else f"{count} images"
                 given = f"{escape(name)} has the label {label}, outside 0..{count - 1} for {of}"
                 raise invalid(root, f"{given}; number the classes from 0")
+    if not names and 0 not in labels:
+        raise invalid(root, f"labels from {min(labels)} on; number the classes from 0")
     names = names or tuple(str(i) for i in range(max(labels, default=-1) + 1))
     return names, {i: i for i in range(len(names))}
 

@@ -7,6 +7,7 @@ split; class numbers index the lines of ``classes.txt``. Shards are not unpacked
 range in a shard.
 """
 
+import copy
 import itertools
 import os
 import re
@@ -29,6 +30,7 @@ from fastokd.errors import DataError, escape, summarize
 CLASSES_FILE = "classes.txt"
 
 _INTEGER = re.compile(r"-?\d+")
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # binary numbers, and other encodings
 _DIGITS = 18  # longer class numbers may not fit into int64
 
 
@@ -88,21 +90,32 @@ def read_shard(root: Path, shard: str) -> list[Sample]:
             for member in archive:
                 folder, name = os.path.split(member.name)
                 stem, _, extension = name.partition(".")
-                if not member.isfile() or name.startswith("."):
+                if name.startswith(".") or not (member.isfile() or member.islnk()):
                     continue
+                if member.islnk():  # another name of an earlier member
+                    linked, member = member, copy.copy(archive.getmember(member.linkname))
+                    member.name = linked.name
                 key, extension = os.path.join(folder, stem), extension.lower()
                 if parts.setdefault(key, {}).setdefault(extension, member) is not member:
                     second = f"sample {escape(key)} has a second .{escape(extension)} file"
                     raise invalid(file, f"{second}; give every sample its own name")
             for key, members in parts.items():
-                image = next((members[ext] for ext in members if f".{ext}" in EXTENSIONS), None)
+                images = [members[ext] for ext in members if f".{ext}" in EXTENSIONS]
+                if len(images) > 1:
+                    listed = summarize([each.name for each in images])
+                    several = f"sample {escape(key)} has {len(images)} images ({listed})"
+                    raise invalid(file, f"{several}; keep one")
+                image = images[0] if images else None
                 label = archive.extractfile(members["cls"]) if "cls" in members else None
                 if image is None or label is None:
                     missing = "image" if image is None else ".cls file with its label"
                     raise invalid(file, f"sample {escape(key)} has no {missing}; each needs both")
                 text = label.read().decode("utf-8", "surrogateescape").strip()
+                if not text or _NO_TEXT.search(text):
+                    given = f"sample {escape(key)} has the label '{escape(text)}' in its .cls file"
+                    raise invalid(file, f"{given}; write a class number or name in UTF-8")
                 samples.append(Sample(shard, image.name, image.offset_data, image.size, text))
-    except tarfile.TarError as error:
+    except (tarfile.TarError, KeyError) as error:  # KeyError: a link to a missing member
         problem = f"not an uncompressed tar archive, or truncated ({escape(error)})"
         raise invalid(file, f"{problem}; write or copy it again") from error
     except OSError as error:
@@ -179,6 +192,8 @@ def _classes(root: Path, samples: Sequence[Sample]) -> tuple[tuple[str, ...], di
             given = f"sample {escape(sample.name)} has the class number"
             given = f"{given} {escape(sample.label[:_DIGITS])}, outside 0..{count - 1} for {of}"
             raise invalid(root / sample.shard, f"{given}; number the classes from 0")
+    if not names and samples and 0 not in number.values():
+        raise invalid(root, f"class numbers from {min(number.values())} on; number them from 0")
     return names or tuple(str(i) for i in range(max(number.values(), default=-1) + 1)), number
 
 
