@@ -281,7 +281,7 @@ def test_teacher_counts_in_training_compute_and_identity(teacher_run):
     [
         ({"teacher": "torchvision:"}, "teacher=torchvision:: name the network, torchvision:NAME"),
         ({"teacher": "torchvision:resnet1o1"}, "no classifier 'resnet1o1'; did you mean"),
-        ({"teacher": "nowhere"}, r"there is no teacher at nowhere \(teacher=nowhere\)$"),
+        ({"teacher": "nowhere"}, r"no teacher at nowhere \(teacher=nowhere\); pass its path$"),
         ({"teacher": "resnet18"}, "for the published weights pass torchvision:resnet18$"),
         ({"teacher": "a", "teacher_to": "leader"}, "unknown teacher_to 'leader'"),
         ({"teacher_weight": 2.0}, r"teacher_weight=2\.0: there is no teacher; pass --teacher"),

@@ -31,7 +31,7 @@ exec "${@:2}"
 
 
 def run_script(folder, script, *, stop, steps=100, stopped=75, ended=0):
-    """Run a script, with a signal to it alone if ``stop``; the exit code and the called programs.
+    """Run a script, with the signal ``stop`` to it alone; the exit code and the called programs.
 
     Args:
         steps: tenths of a second until the training ends with the code ``ended``.
@@ -60,8 +60,8 @@ def run_script(folder, script, *, stop, steps=100, stopped=75, ended=0):
     while not (folder / "started").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    if stop:
-        process.send_signal(signal.SIGUSR1)
+    if stop is not None:
+        process.send_signal(stop)
     code = process.wait(timeout=60)
     return code, (folder / "log").read_text().splitlines()
 
@@ -70,21 +70,28 @@ def run_script(folder, script, *, stop, steps=100, stopped=75, ended=0):
     ("script", "stopped"), [(ONE_MACHINE, 75), (SEVERAL_MACHINES, 1)], ids=["one", "several"]
 )
 def test_stopped_job_is_requeued(tmp_path, script, stopped):
-    code, calls = run_script(tmp_path, script, stop=True, stopped=stopped)
+    code, calls = run_script(tmp_path, script, stop=signal.SIGUSR1, stopped=stopped)
     assert code == stopped
     assert calls[-1] == "scontrol requeue 17"
+
+
+@pytest.mark.parametrize("script", [ONE_MACHINE, SEVERAL_MACHINES], ids=["one", "several"])
+def test_cancelled_job_is_saved_and_not_requeued(tmp_path, script):
+    code, calls = run_script(tmp_path, script, stop=signal.SIGTERM)
+    assert code == 75  # of the training after SIGUSR1
+    assert "scontrol requeue 17" not in calls
 
 
 @pytest.mark.parametrize(("ended", "steps"), [(0, 3), (2, 0)])
 @pytest.mark.parametrize("script", [ONE_MACHINE, SEVERAL_MACHINES], ids=["one", "several"])
 def test_ended_job_is_not_requeued(tmp_path, script, ended, steps):
-    code, calls = run_script(tmp_path, script, stop=False, steps=steps, ended=ended)
+    code, calls = run_script(tmp_path, script, stop=None, steps=steps, ended=ended)
     assert code == ended
     assert "scontrol requeue 17" not in calls
 
 
 def test_several_machines_get_first_node_and_cores(tmp_path):
-    _, calls = run_script(tmp_path, SEVERAL_MACHINES, stop=False, steps=0)
+    _, calls = run_script(tmp_path, SEVERAL_MACHINES, stop=None, steps=0)
     assert "srun --cpus-per-task=64" in calls
     (launch,) = [call for call in calls if "torchrun" in call]
     assert "--nnodes=4" in launch

@@ -257,6 +257,11 @@ def check_names(page: str, names: dict[str, object]) -> None:
             torch.testing.assert_close(
                 model.eval()(images).logits[0], names["stock"].eval()(images), rtol=1e-4, atol=1e-5
             )
+        plugin = ["--plugin", "examples/own_network.py"]
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            assert cli.main(["models", "own_network:make_net", *plugin]) == 0
+        suggested = re.search(r"train it: fastokd (.*) --data FOLDER", output.getvalue())[1]
+        assert f"--plugin {Path(plugin[1]).absolute()}" in suggested
         # A new process knows the network's module only by --plugin.
         paths = [
             str(Path(name).absolute()) for name in ("runs/own-network/export", "path/to/images/val")
@@ -265,7 +270,7 @@ def check_names(page: str, names: dict[str, object]) -> None:
         code, _, errors = finish(start(["-m", "fastokd", *evaluation]))
         assert code == 4
         assert "pass --plugin with its file or with own_network@FOLDER" in errors
-        assert run_command([*evaluation, "--plugin", "examples/own_network.py"]) == ""
+        assert run_command([*evaluation, *plugin]) == ""
     if page == "docs/plugins.md":
         lines = Path("runs/consensus/metrics.jsonl").read_text(encoding="utf-8").splitlines()
         terms = {f"kl/consensus->branch{number}" for number in (1, 2, 3)}

@@ -35,7 +35,14 @@ def six_hundred(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("images", "size", "lr"),
-    [(600, 16, 0.0125), (1280, 64, 0.05), (2559, 64, 0.05), (2560, 128, 0.1), (20, 16, 0.0125)],
+    [
+        (600, 16, 0.0125),
+        (1280, 64, 0.05),
+        (2559, 64, 0.05),
+        (2560, 128, 0.1),
+        (20, 16, 0.0125),
+        (12, 12, 0.009375),
+    ],
 )
 def test_small_data_defaults_keep_twenty_steps(images, size, lr):
     config, reason = small_data_defaults(TrainConfig(), images)

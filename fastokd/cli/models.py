@@ -1,11 +1,13 @@
 """``fastokd models``."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import tyro
 
+from fastokd import plugins
 from fastokd.cli.options import make_table, print_table
 from fastokd.errors import ConfigError
 from fastokd.methods import get_method, list_methods
@@ -100,7 +102,8 @@ def _print_split_points(name: str, layout: Mapping[str, Any], image_size: int | 
         f" x {size}; a later point shares more and usually trains faster, an earlier one gives each"
         " branch more layers (docs/bring-your-own.md)"
     )
-    print(f"train it: fastokd train --model {name}{_changed(layout)} --data FOLDER")
+    plugin = "".join(f" --plugin {shlex.quote(text)}" for text in plugins.origins([name]))
+    print(f"train it: fastokd train --model {name}{plugin}{_changed(layout)} --data FOLDER")
     print("another point: add --at POINT; cheaper: fewer --branches or --aux-blocks")
 
 

@@ -153,7 +153,8 @@ def _train(
             own = [] if program is None else ["--plugin", str(program)]
             return launch(run.gpus, ["train", *arguments, *own])
         check_launched(run.gpus)
-        given.setdefault("device", "cuda")  # "auto" would fall back to the CPU
+        if base.device == "auto":  # which would fall back to the CPU
+            given.setdefault("device", "cuda")
     with StopSignals() as signals:  # before torch is imported, which takes seconds
         return _train_here(run, base, given, signals)
 

@@ -66,13 +66,13 @@ def small_data_defaults(config: TrainConfig, num_images: int) -> tuple[TrainConf
 
 def _smaller_batch(size: int, num_images: int, processes: int) -> int:
     """The batch halved until an epoch has ``FEW_STEPS`` steps, as long as it has ``FEW_IMAGES``
-    images, and each process the same number of two or more.
+    images, and each process the same number of two or more; all images if these are fewer.
     """
     while num_images // size < FEW_STEPS and size % 2 == 0 and size // 2 >= FEW_IMAGES:
         if size // 2 % processes or size // 2 // processes < 2:
             break
         size //= 2
-    return size
+    return min(size, num_images) if processes == 1 and num_images > 1 else size
 
 
 def describe_batches(

@@ -103,7 +103,7 @@ def check_teacher(config: TrainConfig) -> None:
         pretrained_weights(library, name)
     elif not path.exists():
         known = None if library or path.name != spec else suggest_library(spec)
-        hint = f"; for the published weights pass {known}" if known else ""
+        hint = f"; for the published weights pass {known}" if known else "; pass its path"
         raise CheckpointError(f"there is no teacher at {path} (teacher={spec}){hint}")
     elif path.is_dir():
         find_export(path, (".safetensors",))
