@@ -334,6 +334,10 @@ def words_of(pattern: str) -> set[str]:
 
 
 OTHERS_OPTIONS = {
+    "--account",
+    "--mem",
+    "--output",
+    "--partition",
     "--nproc-per-node",
     "--local-addr",
     "--max-restarts",
