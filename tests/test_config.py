@@ -95,6 +95,9 @@ def test_check_covers_every_bounded_field() -> None:
 def test_override_with_another_method_resets_its_fields() -> None:
     base = TrainConfig(branches=3, preset="code", method_options={"temperature": 2.0}, lr=0.5)
     assert override(base, {"method": "dml"}) == TrainConfig(method="dml", lr=0.5)
+    library = TrainConfig(model="torchvision:resnet18", at="layer4")
+    assert override(library, {"model": "resnet8"}) == TrainConfig(model="resnet8")
+    assert override(library, {"model": "torchvision:resnet18", "lr": 0.5}).at == "layer4"
     merged = override(base, {"method_options": {"lambda_ta": 1.0}})
     assert merged.method_options == {"temperature": 2.0, "lambda_ta": 1.0}
     assert dataclasses.replace(merged, method_options=base.method_options) == base

@@ -94,6 +94,17 @@ def lines(share, steps=100, **settings):
     return list(describe_batches(config, steps * share.batch_size, steps, share))
 
 
+def test_learning_rate_of_fresh_weights_is_reported_for_trained_ones():
+    share = BatchShare(128, 1, 1, 128)
+    (_, advice) = lines(share, weights="a.pth", lr=0.1)
+    assert "advice: lr 0.1 suits fresh weights;" in advice
+    assert "--lr 0.01 (docs/fine-tuning.md)" in advice
+    assert len(lines(share, pretrained=True, lr=0.1)) == 2
+    for settings in ({"lr": 0.1}, {"weights": "a.pth", "lr": 0.01}):
+        assert len(lines(share, **settings)) == 1
+    assert len(lines(share, weights="a.pth", lr=0.1, optimizer="adamw")) == 1
+
+
 def test_few_images_per_normalization_are_reported():
     few = BatchShare(96, 32, 1, 3)
     found = lines(few)

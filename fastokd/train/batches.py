@@ -78,8 +78,8 @@ def _smaller_batch(size: int, num_images: int, processes: int) -> int:
 def describe_batches(
     config: TrainConfig, num_images: int, steps: int, share: BatchShare
 ) -> Iterator[str]:
-    """The steps per epoch and dropped images, and advice where the batch or the ramp-up does not
-    suit the run.
+    """The steps per epoch and dropped images, and advice where the batch, the learning rate or the
+    ramp-up does not suit the run.
 
     Args:
         num_images: training images.
@@ -97,6 +97,13 @@ def describe_batches(
             lr = config.lr * smaller / config.batch_size
             fix = f"try --batch-size {smaller} --lr {lr:.3g}, and more --epochs"
         yield f"advice: an epoch has fewer than {FEW_STEPS} steps; {fix} (docs/small-data.md)"
+    per_default_batch = config.lr * TrainConfig().batch_size / config.batch_size
+    trained = config.weights or config.pretrained
+    if trained and config.optimizer == "sgd" and per_default_batch >= TrainConfig().lr:
+        yield (
+            f"advice: lr {config.lr:g} suits fresh weights; trained ones need less, often a tenth:"
+            f" --lr {config.lr / 10:g} (docs/fine-tuning.md)"
+        )
     largest = config.kd_weight_at(config.epochs - 1)
     if config.ramp_length() and largest < LITTLE_TEACHING:
         yield (

@@ -536,13 +536,17 @@ def fields_with_role(role: Role) -> tuple[str, ...]:
 
 
 def override(base: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
-    """The configuration with changes. Options are added; another method has its own defaults."""
+    """The configuration with changes. Options are added; another method has its own defaults, and
+    another network its own split point.
+    """
     if "teacher" in changes:
         base = one_teacher(base)
     if changes.get("method", base.method) != base.method:
         defaults: dict[str, Any] = vars(TrainConfig())
         changed = {name: defaults[name] for name in fields_with_role(Role.OF_METHOD)}
         base = dataclasses.replace(base, **changed)
+    if changes.get("model", base.model) != base.model:
+        base = dataclasses.replace(base, at=None)
     options = {
         name: {**getattr(base, name), **changes[name]} for name in WITH_OPTIONS if name in changes
     }
