@@ -2,16 +2,18 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastokd.cli import main
 from fastokd.data import open_dataset
 from fastokd.data.images import default_workers, workers_per_process
 from fastokd.methods import get_method
-from fastokd.train.batches import describe_batches, small_data_defaults
+from fastokd.train.batches import choose_batch, describe_batches, small_data_defaults
 from fastokd.train.config import TrainConfig
 from fastokd.train.describe import describe_loss, describe_run
 from fastokd.train.distributed import BatchShare
@@ -50,6 +52,15 @@ def test_small_data_defaults_keep_twenty_steps(images, size, lr):
     assert bool(reason) == (size != 128)
     same = dataclasses.replace(config, batch_size=128, lr=0.1)
     assert same == TrainConfig()
+
+
+@pytest.mark.parametrize(("images", "size"), [(128, 128), (127, 16), (60, 16), (12, 12)])
+def test_given_learning_rate_is_kept_with_a_batch_that_fits(images, size):
+    dataset = SimpleNamespace(train=range(images))
+    config, line = choose_batch(TrainConfig(lr=0.3), dataset, torch.device("cpu"), None, "split")
+    assert (config.batch_size, config.lr) == (size, 0.3)
+    few = f"few images: the default batch size is {size} instead of 128"
+    assert line == (few if size < 128 else "")
 
 
 def test_defaults_train_six_hundred_images(six_hundred, tmp_path, capsys):

@@ -174,6 +174,8 @@ def _train_here(
     largest: BatchChoice = _parse_batch_size(given) if "batch_size" in given else None
     if not (BATCH_FIELDS & given.keys() or largest or run.recipe or run.config):
         largest = "data"
+    elif BATCH_FIELDS & given.keys() == {"lr"} and not (largest or run.recipe or run.config):
+        largest = "split"
     resumed = Path(run.resume) if run.resume not in (None, "auto") else None
     settings = dataclasses.replace(base, **given) if resumed else override(base, given)
     with process_group(settings.device) as ranks:

@@ -267,7 +267,7 @@ def _walk_split(
     if broken := _missing_target(root / folder, present):
         listing.note("refused", escape(broken), broken)
     listing.classes = [entry.name for entry in present if is_folder(entry)]
-    loose = (entry.path for entry in present if not is_folder(entry) and is_image(entry.name))
+    loose = (entry.path for entry in present if not is_folder(entry))
     listing.ignored += [os.path.relpath(path, root) for path in loose]
     if not listing.classes:
         images = sum(is_image(entry.name) for entry in present)

@@ -12,11 +12,13 @@ from fastokd.train.distributed import BatchShare, Ranks
 from fastokd.train.memory import fit_batch_size
 from fastokd.train.teacher import Teacher
 
-BatchChoice = int | Literal["data"] | None
+BatchChoice = int | Literal["data", "split"] | None
 """How a new run chooses its batch size, see ``choose_batch``."""
 
 BATCH_FIELDS = frozenset({"batch_size", "lr", "lr_scaling", "device_batch"})
-"""Fields that turn the defaults of small data off if one of them is given."""
+"""Fields that turn the defaults of small data off if one of them is given; after ``lr`` alone, the
+batch size still fits a small split.
+"""
 FEW_STEPS = 20
 """Fewer steps per epoch train slowly: the learning rate decays before the weights have moved."""
 FEW_IMAGES = 16
@@ -36,12 +38,20 @@ def choose_batch(
 
     Args:
         choice: a number: the largest batch up to this that fits the memory, see ``fit_batch_size``;
-            "data": see ``small_data_defaults``; None: the configuration's.
+            "data": see ``small_data_defaults``; "split": the same for the batch size alone, if the
+            training images do not fill one batch; None: the configuration's.
     """
     if choice is None:
         return config, ""
     if choice == "data":
         return small_data_defaults(config, len(dataset.train))
+    if choice == "split":
+        if len(dataset.train) >= config.batch_size:
+            return config, ""
+        smaller, _ = small_data_defaults(config, len(dataset.train))
+        line = f"few images: the default batch size is {smaller.batch_size}"
+        config = dataclasses.replace(config, batch_size=smaller.batch_size)
+        return config, f"{line} instead of {TrainConfig().batch_size}"
     size, reason = fit_batch_size(config, dataset, device, teacher, choice)
     return dataclasses.replace(config, batch_size=size), reason
 
