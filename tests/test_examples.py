@@ -249,7 +249,11 @@ def test_dense_example_trains_above_chance(name, steps, chance):
 def test_examples_have_usage_and_a_test(path):
     text = path.read_text(encoding="utf-8")
     assert f"python examples/{path.name}" in text or f"examples/{path.name} --" in text
-    assert re.search(
+    is_run_here = re.search(
         rf'(?:run(?:_here)?\(\s*|/ )"{path.name}"', Path(__file__).read_text(encoding="utf-8")
     )
+    # test_docs.py runs the commands of the pages.
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")]
+    command = rf"^fastokd train .*--plugin examples/{path.name}"
+    assert is_run_here or any(re.search(command, page, re.MULTILINE) for page in pages)
     assert f"`{path.name}`" in (ROOT / "docs" / "own-loop.md").read_text(encoding="utf-8")

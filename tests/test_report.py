@@ -280,13 +280,13 @@ def test_predictions_are_labeled_next_to_measurements(tmp_path, monkeypatch):
 
 
 def test_data_tables_compare_within_the_run_and_keep_losing_rows(result):
-    def streamed(loader, rate, pictures="small-64", **options):
+    def streamed(loader, rate, dataset="small-64", **options):
         return {
             "name": f"test_streaming[{loader}]",
             "extra_info": {
                 "loader": loader,
                 **options,
-                "pictures": pictures,
+                "dataset": dataset,
                 "images_per_second": rate,
             },
             **seconds(0.5),

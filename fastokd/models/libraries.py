@@ -101,6 +101,8 @@ def library_backbone(
         ConfigError, MissingExtra: as ``library_network`` and ``branch_out``.
     """
     requested = at is not None
+    if drop_path is not None:
+        _template(name, num_classes, drop_path)  # raises for a network without stochastic depth
     if at is None:
         try:
             points = library_split_points(name)
