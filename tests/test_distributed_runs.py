@@ -192,7 +192,7 @@ def test_signal_to_one_process_stops_all_and_resumes(folder, name, place):
         assert stopped.pop("code") == EXIT_PREEMPTED
         message = stopped.pop("message")
         assert message.startswith(
-            f"stopped by SIGTERM; the last checkpoint has 1 finished epochs and {place} steps of"
+            f"stopped by SIGTERM; the last checkpoint has 1 finished epoch and {place} steps of"
             " the next; continue with 'fastokd train --resume"
         )
         state = load_checkpoint(folder / "kept" / name / "checkpoints" / "last.pt")
@@ -383,7 +383,7 @@ def test_resume_auto_repeated_finishes_the_run(folder, tmp_path):
     assert code == EXIT_PREEMPTED
     (said,) = complaints(errors)
     assert said.startswith(
-        "fastokd: stopped by SIGUSR1; the last checkpoint has 1 finished epochs and "
+        "fastokd: stopped by SIGUSR1; the last checkpoint has 1 finished epoch and "
     )
 
     run = Command(out, after=GPUS)
@@ -413,6 +413,7 @@ def test_launcher_forwards_an_interrupt(tmp_path):
     assert code == 130
     (said,) = complaints(errors)
     assert said.startswith("fastokd: stopped by Ctrl-C; the last checkpoint has ")
+    assert said.endswith(f"continue with 'fastokd train --resume {run.out} --gpus 2'")
     assert "Traceback" not in errors
 
 

@@ -13,6 +13,9 @@ from typing import Any
 from fastokd.errors import EXIT_PEER, EXIT_PREEMPTED, ConfigError
 from fastokd.storage import usable_cores
 
+STARTED_HERE = "FASTOKD_GPUS"
+"""The environment variable with the number of processes that ``launch`` started."""
+
 LEAVE_SECONDS = 30.0
 """Time for the other processes to exit after one has."""
 
@@ -48,6 +51,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         environment = {
             "OMP_NUM_THREADS": threads,
             **os.environ,
+            STARTED_HERE: str(processes),
             "WORLD_SIZE": str(processes),
             "LOCAL_WORLD_SIZE": str(processes),
             "MASTER_ADDR": "127.0.0.1",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from fastokd.train.ema import StudentAverage
 from fastokd.train.fields import Role
 from fastokd.train.initial import InitialWeights
 from fastokd.train.late_teaching import student_loss
+from fastokd.train.launch import STARTED_HERE
 from fastokd.train.rules import check_config
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.step import BranchEvaluator
@@ -238,8 +240,9 @@ def resume_hint(run: RunFolder, batch_size: int) -> str:
     if not checkpoint_files(run.checkpoints):
         return "no epoch was saved, so there is no checkpoint"
     state = load_newest(run.checkpoints)[0]
-    done = f"{state['epoch']} finished epochs"
+    done = f"{state['epoch']} finished epoch{'s' * (state['epoch'] != 1)}"
     if state["loader"]:
         done += f" and {state['loader']['position'] // batch_size} steps of the next"
-    command = f"fastokd train --resume {run.path}"
+    processes = os.environ.get(STARTED_HERE)
+    command = f"fastokd train --resume {run.path}{f' --gpus {processes}' if processes else ''}"
     return f"the last checkpoint has {done}; continue with '{command}'"
