@@ -316,3 +316,20 @@ def test_path_of_another_type_is_a_name_and_text_is_no_image(tmp_path):
     pq.write_table(pa.table({"image": images, "label": [0, 1, 0, 1]}), file)
     with pytest.raises(DataError, match="row 0 has an image of type str; the encoded bytes"):
         list_source(file)
+
+
+@pytest.mark.parametrize("name", ["Split", "partition", "subset"])
+def test_columns_of_splits_have_the_names_of_lists(tmp_path, name):
+    file = write(tmp_path / "a.parquet", [0, 1, 2, 0], **{name: ["train"] * 3 + ["test"]})
+    opened = open_dataset(file)
+    assert (len(opened.train), len(opened.test)) == (3, 1)
+
+
+def test_flags_and_missing_columns_of_splits_are_refused(tmp_path):
+    file = write(tmp_path / "a.parquet", [0, 1, 2], is_valid=[False, True, False])
+    with pytest.raises(DataError, match="column is_valid has false, true; use train, val or test"):
+        open_dataset(file)
+    write(tmp_path / "a.parquet", [0, 1, 2], split=["train", "train", "train"])
+    write(tmp_path / "b.parquet", [0, 1, 2], seed=9)
+    with pytest.raises(DataError, match="files without the column split of the others: b"):
+        open_dataset(tmp_path)

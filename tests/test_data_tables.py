@@ -307,3 +307,27 @@ def test_path_with_a_zero_byte_is_refused(tmp_path, images):
     rows = "".join(f"{name},{label}\n" for name, label in zip(images, LABELS, strict=True))
     with pytest.raises(DataError, match="line 18 has a path with a zero byte"):
         read(tmp_path, f"path,label\n{rows}{rows}img/0\0.png,cat\n")
+
+
+@pytest.mark.parametrize("more", ["is_test,is_valid", "split,is_test"])
+def test_several_columns_that_tell_the_split_are_refused(tmp_path, images, more):
+    rows = [(name, label, "0", "0") for name, label in zip(images, LABELS, strict=True)]
+    with pytest.raises(
+        DataError, match=f"several columns tell the split: {more.replace(',', ', ')}"
+    ):
+        read(tmp_path, lines(rows, head=f"image,label,{more}"))
+
+
+@pytest.mark.parametrize("head", ["filename,sex,label", "label,sex,filename"])
+def test_heading_of_a_label_file_names_the_columns(tmp_path, images, head):
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "train" / name / "0.png").write_bytes(BUFFER.getvalue())
+    (tmp_path / "img").rename(tmp_path / "val")
+    labels = ["cat", "cat", "cat", "dog", "dog", "dog", "cat", "dog"]
+    rows = [(f"{i}.png", ("dog", "cat")[i % 2], label) for i, label in enumerate(labels)]
+    if head.startswith("label"):
+        rows = [row[::-1] for row in rows]
+    (tmp_path / "val.csv").write_text(lines(rows, head=head))
+    listed = list_files(tmp_path)
+    assert [listed.classes[i] for i in listed.evaluation.targets.tolist()] == labels

@@ -22,22 +22,8 @@ from fastokd.data.folder import LISTS, is_folder
 from fastokd.data.images import EXTENSIONS
 from fastokd.data.kinds import DatasetKind
 from fastokd.data.split_names import SPLIT_OF, SPLITS
-from fastokd.data.text import decode_text, readable
+from fastokd.data.text import COLUMNS, SPLIT_COLUMNS, decode_text, plain, readable
 from fastokd.errors import DataError, escape, summarize
-
-_NAMES = {
-    "path": (
-        "path file filename filepath filepaths image imagepath imagename imagefile img imgpath"
-        " imgname fname name imageid id"
-    ),
-    "label": (
-        "label labels class classes classname classlabel classid target targets category"
-        " categoryname categoryid labelname y"
-    ),
-    "split": "split set subset dataset partition isvalid istest",
-}
-COLUMNS = {column: names.split() for column, names in _NAMES.items()}
-"""The names that each column may have, in order of preference, without case, blanks and signs."""
 
 _FORM = "write path,label or path,label,split in each line"
 _FLAGS = {"isvalid": "val", "istest": "test"}
@@ -82,9 +68,7 @@ def _read_entries(path: Path) -> list[tuple[str, str, str]]:
     find = Finder(path.absolute().parent)
     if not first and len(rows) > 1:
         _check_heading(path, rows, columns["path"], find)
-    flag = (
-        _FLAGS.get(_plain(rows[0][1][columns["split"]])) if first and "split" in columns else None
-    )
+    flag = _FLAGS.get(plain(rows[0][1][columns["split"]])) if first and "split" in columns else None
     known: dict[object, tuple[str, str, str]] = {}
     entries = []
     for line, row in rows[first:]:
@@ -246,17 +230,17 @@ def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
     return rows
 
 
-def _plain(cell: str) -> str:
-    return re.sub(r"[\W_]+", "", cell.lower())
-
-
 def _find_columns(path: Path, first_row: Sequence[str]) -> tuple[dict[str, int], int]:
     """The index of each column, and the number of header lines."""
-    head = [_plain(cell) for cell in first_row]
+    head = [plain(cell) for cell in first_row]
     named = {
         column: next((head.index(name) for name in names if name in head), -1)
         for column, names in COLUMNS.items()
     }
+    telling = [cell for cell, name in zip(first_row, head, strict=True) if name in SPLIT_COLUMNS]
+    if min(named["path"], named["label"]) >= 0 and len(telling) > 1:
+        several = f"several columns tell the split: {summarize(telling)}"
+        raise invalid(path, f"{several}; keep one, with the values train, val and test")
     if min(named["path"], named["label"]) >= 0:
         return {column: i for column, i in named.items() if i >= 0}, 1
     if named["path"] >= 0 and len(head) > 2:
@@ -277,7 +261,7 @@ def _check_heading(
     root = find.root
     exists = [os.path.exists(os.path.join(root, find(name)[0])) for name in (first, second)]
     is_name = not os.path.splitext(first)[1]
-    if is_name and (exists == [False, True] or _plain(first) in COLUMNS["path"]):
+    if is_name and (exists == [False, True] or plain(first) in COLUMNS["path"]):
         names = summarize([cell.strip() for cell in rows[0][1]])
         fix = "name them path and label, or delete the line"
         raise invalid(path, f"the heading has unknown names of columns ({names}); {fix}")

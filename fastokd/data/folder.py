@@ -25,7 +25,7 @@ from fastokd.data.split_names import SplitFolders, find_split_folders, is_wrappe
 from fastokd.errors import ConfigError, DataError, escape, summarize
 
 LAYOUT = "train/<class>/ and val/<class>/ or test/<class>/"
-SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"})
+SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"})
 """Folders that operating systems and archives add."""
 
 LISTS = (".csv", ".tsv")

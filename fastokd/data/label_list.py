@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fastokd.data.dataset import invalid
 from fastokd.data.files import read_lines
-from fastokd.data.text import conflict
+from fastokd.data.text import COLUMNS, conflict, plain
 from fastokd.errors import MissingExtra, escape, summarize
 
 NAMES = (
@@ -76,8 +76,10 @@ def _pairs(lines: Sequence[str], images: Sequence[str]) -> list[tuple[str, str]]
     """
     mark = next((mark for mark in "\t,;" if all(mark in line for line in lines)), None)
     if mark is not None:
-        rows = (row for row in csv.reader(lines, delimiter=mark) if len(row) > 1)
-        return [(row[0].strip(), row[1].strip()) for row in rows]
+        rows = [row for row in csv.reader(lines, delimiter=mark) if len(row) > 1]
+        first, second = _named_columns(rows[0]) if rows else (0, 1)
+        rows = [row for row in rows if len(row) > max(first, second)]
+        return [(row[first].strip(), row[second].strip()) for row in rows]
     known = {*images, *(os.path.splitext(image)[0] for image in images)}
     pairs = []
     for line in lines:
@@ -88,6 +90,16 @@ def _pairs(lines: Sequence[str], images: Sequence[str]) -> list[tuple[str, str]]
                 name, label = "".join(words[:end]), "".join(words[end + 1 :])
         pairs.append((name, label))
     return pairs
+
+
+def _named_columns(heading: Sequence[str]) -> tuple[int, int]:
+    """The columns of names and labels: those that a heading names, else the first two."""
+    cells = [plain(cell) for cell in heading]
+    found = [
+        next((cells.index(name) for name in COLUMNS[kind] if name in cells), -1)
+        for kind in ("path", "label")
+    ]
+    return (found[0], found[1]) if min(found) >= 0 else (0, 1)
 
 
 def _by_name(

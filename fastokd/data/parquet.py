@@ -21,12 +21,12 @@ import numpy as np
 import torch
 
 from fastokd.data.cache import cache_folder
-from fastokd.data.csv_list import COLUMNS
 from fastokd.data.dataset import DataSource, invalid
 from fastokd.data.files import FileSplit, Members, cannot_read, from_splits
 from fastokd.data.images import EXTENSIONS
 from fastokd.data.kinds import DatasetKind
 from fastokd.data.split_names import SPLIT_OF, SPLITS, files_by_split, read_name
+from fastokd.data.text import COLUMNS, SPLIT_COLUMNS, plain
 from fastokd.errors import DataError, MissingExtra, StorageError, escape, summarize
 from fastokd.storage import write_atomically
 
@@ -95,6 +95,9 @@ def list_parquet(path: Path) -> DataSource[FileSplit]:
         split: _file_split(split, root, read, number) for split, read in tables.items() if read
     }
     read = tables.get("train", [])
+    if set(splits) == {"train"} and len({table.splits is None for table in read}) > 1:
+        without = summarize([table.file for table in read if table.splits is None])
+        raise invalid(path, f"files without the column split of the others: {without}; add it")
     if set(splits) == {"train"} and all(table.splits for table in read):
         words = np.array([word for table in read for word in table.splits or ()])
         images = {split: torch.from_numpy(np.flatnonzero(words == split)) for split in SPLITS}
@@ -179,13 +182,18 @@ def _read(root: Path, file: str) -> Table:
 
 
 def _splits(opened: Any, path: Path) -> tuple[str, ...] | None:
-    """The split of each row by a column ``split``; None without one."""
-    if "split" not in opened.schema_arrow.names:
+    """The split of each row by a column such as ``split``; None without one."""
+    names = opened.schema_arrow.names
+    columns = [name for name in names if plain(name) in SPLIT_COLUMNS]
+    if not columns:
         return None
-    words = [str(word).lower() for word in opened.read(columns=["split"]).column(0).to_pylist()]
-    if unknown := sorted({word for word in words if word not in SPLIT_OF}):
-        fix = "use train, val or test, or rename the column"
-        raise invalid(path, f"column split has {summarize(unknown)}; {fix}")
+    words = [str(word).lower() for word in opened.read(columns=columns[:1]).column(0).to_pylist()]
+    if len(columns) > 1 or (unknown := sorted({word for word in words if word not in SPLIT_OF})):
+        given = f"columns {summarize(columns)} tell the split"
+        if len(columns) == 1:
+            given = f"column {columns[0]} has {summarize(unknown)}"
+        fix = "use train, val or test in one column split, or rename the column"
+        raise invalid(path, f"{given}; {fix}")
     return tuple(SPLIT_OF[word] for word in words)
 
 

@@ -1,5 +1,6 @@
 """Text of lists and label files: encodings, and the spellings of class names."""
 
+import re
 import unicodedata
 import warnings
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,27 @@ _BOMS = {
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
+_COLUMN_NAMES = {
+    "path": (
+        "path file filename filepath filepaths image imagepath imagename imagefile img imgpath"
+        " imgname fname name imageid id"
+    ),
+    "label": (
+        "label labels class classes classname classlabel classid target targets category"
+        " categoryname categoryid labelname y"
+    ),
+    "split": "split set subset dataset partition isvalid istest",
+}
+COLUMNS = {column: names.split() for column, names in _COLUMN_NAMES.items()}
+"""The names that each column may have, in order of preference, without case, blanks and signs."""
+# "dataset" and "set" may also name the source of an image.
+SPLIT_COLUMNS = frozenset(COLUMNS["split"]) - {"dataset", "set"}
 _MISSING = frozenset({"nan", "NaN", "NAN", "<NA>", "NaT", "None", "null", "NULL", "#N/A"})
+
+
+def plain(cell: str) -> str:
+    """A column's name without case, blanks and signs."""
+    return re.sub(r"[\W_]+", "", cell.lower())
 
 
 def decode_text(content: bytes, where: Path) -> str:
