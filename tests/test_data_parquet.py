@@ -333,3 +333,12 @@ def test_flags_and_missing_columns_of_splits_are_refused(tmp_path):
     write(tmp_path / "b.parquet", [0, 1, 2], seed=9)
     with pytest.raises(DataError, match="files without the column split of the others: b"):
         open_dataset(tmp_path)
+
+
+def test_column_of_categories_is_no_column_of_splits(tmp_path):
+    write(tmp_path / TRAIN, [0, 1, 2], subset=["art", "photo", "art"])
+    write(tmp_path / TEST, [2, 1], seed=50, subset=["art", "photo"], is_valid=[True, False])
+    opened = open_dataset(tmp_path)
+    assert (len(opened.train), len(opened.test)) == (3, 2)
+    file = write(tmp_path / "alone.parquet", [0, 1, 2, 0, 1, 2], subset=["art", "photo"] * 3)
+    assert len(open_dataset(file, val_split=0.5).train) == 3

@@ -331,3 +331,10 @@ def test_heading_of_a_label_file_names_the_columns(tmp_path, images, head):
     (tmp_path / "val.csv").write_text(lines(rows, head=head))
     listed = list_files(tmp_path)
     assert [listed.classes[i] for i in listed.evaluation.targets.tolist()] == labels
+
+
+def test_column_of_categories_next_to_splits_is_accepted(tmp_path, images):
+    splits = ["train"] * 6 + ["test"] * 2
+    rows = list(zip(images, LABELS, ["art"] * 8, splits, strict=True))
+    (tmp_path / "list.csv").write_text(lines(rows, head="image,label,subset,split"))
+    assert len(list_files(tmp_path / "list.csv").test) == 2

@@ -1,4 +1,4 @@
-"""KDCL: the teacher that each variant makes, the loss against its equations, views of one's own,
+"""KDCL: the teacher that each variant makes, the loss against its equations, separate views,
 and held-out images.
 """
 

@@ -248,7 +248,6 @@ def check_jpeg_rows(content: bytes, last_row: "np.typing.NDArray[np.uint8]") -> 
     """Raise ``ValueError`` if rows are missing before the end marker of a JPEG file, for which
     libjpeg returns mid-gray: then further data before the marker changes the last row.
     """
-
     end = content.rfind(b"\xff\xd9")
     if end < 0 or not (last_row == 128).all():
         return
@@ -272,6 +271,9 @@ def _lacks_restarts(content: bytes) -> bool:
         body = content[position + 4 : position + 2 + length]
         if mark != 0xFF:
             return False
+        if kind == 0xFF:  # a fill byte
+            position += 1
+            continue
         if kind == 0xDD and len(body) == 2:
             interval = int.from_bytes(body)
         elif kind in (0xC0, 0xC1) and len(body) >= 9:

@@ -81,7 +81,12 @@ def list_parquet(path: Path) -> DataSource[FileSplit]:
     by_split = {"train": files}
     if root == path:
         by_split = files_by_split(root, files, "file", SUFFIX)
-    tables = {split: [_read(root, file) for file in members] for split, members in by_split.items()}
+    # A column of splits counts if the names of the files tell no split.
+    unnamed = set(by_split) == {"train"}
+    tables = {
+        split: [_read(root, file, unnamed) for file in members]
+        for split, members in by_split.items()
+    }
     skipped = [
         table.file
         for split in tables
@@ -95,10 +100,10 @@ def list_parquet(path: Path) -> DataSource[FileSplit]:
         split: _file_split(split, root, read, number) for split, read in tables.items() if read
     }
     read = tables.get("train", [])
-    if set(splits) == {"train"} and len({table.splits is None for table in read}) > 1:
+    if unnamed and len({table.splits is None for table in read}) > 1:
         without = summarize([table.file for table in read if table.splits is None])
         raise invalid(path, f"files without the column split of the others: {without}; add it")
-    if set(splits) == {"train"} and all(table.splits for table in read):
+    if unnamed and all(table.splits for table in read):
         words = np.array([word for table in read for word in table.splits or ()])
         images = {split: torch.from_numpy(np.flatnonzero(words == split)) for split in SPLITS}
         whole = splits["train"]
@@ -153,7 +158,7 @@ def _check_one_dataset(path: Path, files: Sequence[str]) -> None:
         raise invalid(path, f"{SUFFIX} files of several datasets: {listed}; pass one of them")
 
 
-def _read(root: Path, file: str) -> Table:
+def _read(root: Path, file: str, with_splits: bool) -> Table:
     """Read the labels of a file, and copy its images unless they are in the cache."""
     pq = _pyarrow()
     path = root / file
@@ -162,7 +167,7 @@ def _read(root: Path, file: str) -> Table:
             image, label, classes = _columns(opened.schema_arrow, path)
             copy, sizes, names = _copied(opened, path, image)
             labels = opened.read(columns=[label]).column(0).to_pylist()
-            splits = _splits(opened, path)
+            splits = _splits(opened, path) if with_splits else None
     except OSError as error:  # pyarrow's errors about damage are OSErrors or ValueErrors
         if error.errno:
             raise cannot_read(path, error) from error
@@ -184,17 +189,15 @@ def _read(root: Path, file: str) -> Table:
 def _splits(opened: Any, path: Path) -> tuple[str, ...] | None:
     """The split of each row by a column such as ``split``; None without one."""
     names = opened.schema_arrow.names
-    columns = [name for name in names if plain(name) in SPLIT_COLUMNS]
-    if not columns:
-        return None
-    words = [str(word).lower() for word in opened.read(columns=columns[:1]).column(0).to_pylist()]
-    if len(columns) > 1 or (unknown := sorted({word for word in words if word not in SPLIT_OF})):
-        given = f"columns {summarize(columns)} tell the split"
-        if len(columns) == 1:
-            given = f"column {columns[0]} has {summarize(unknown)}"
-        fix = "use train, val or test in one column split, or rename the column"
-        raise invalid(path, f"{given}; {fix}")
-    return tuple(SPLIT_OF[word] for word in words)
+    for column in (name for word in COLUMNS["split"] for name in names if plain(name) == word):
+        words = [str(word).lower() for word in opened.read(columns=[column]).column(0).to_pylist()]
+        unknown = sorted({word for word in words if word not in SPLIT_OF})
+        if not unknown:
+            return tuple(SPLIT_OF[word] for word in words)
+        if plain(column) in SPLIT_COLUMNS:  # others may be categories
+            fix = "use train, val or test in a column split, or rename the column"
+            raise invalid(path, f"column {column} has {summarize(unknown)}; {fix}")
+    return None
 
 
 def _pyarrow() -> Any:

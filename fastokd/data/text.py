@@ -29,8 +29,8 @@ _COLUMN_NAMES = {
 }
 COLUMNS = {column: names.split() for column, names in _COLUMN_NAMES.items()}
 """The names that each column may have, in order of preference, without case, blanks and signs."""
-# "dataset" and "set" may also name the source of an image.
-SPLIT_COLUMNS = frozenset(COLUMNS["split"]) - {"dataset", "set"}
+SPLIT_COLUMNS = frozenset({"split", "isvalid", "istest"})
+"""Columns that only tell the split; a subset or set may also be a category."""
 _MISSING = frozenset({"nan", "NaN", "NAN", "<NA>", "NaT", "None", "null", "NULL", "#N/A"})
 
 
